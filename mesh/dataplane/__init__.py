@@ -1,0 +1,1 @@
+"""Drivers: each brings one kernel facility in line with desired elements.  No policy here."""

@@ -1,0 +1,37 @@
+"""What every rule driver can do.  Drivers apply; they never decide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from mesh.delta import Delta
+    from mesh.rules.elements import ElementKey, Elements
+
+    ElementDelta = Delta[ElementKey, bytes]
+
+
+class Driver(Protocol):
+    """A rule backend: nftables, iptables or memory."""
+
+    name: str
+
+    async def prepare(self) -> None:
+        """Make the static program exist: load it, upgrade it in place, or adopt it as it is."""
+        ...
+
+    async def read(self) -> Elements:
+        """Every element the backend holds now."""
+        ...
+
+    async def apply(self, delta: ElementDelta) -> None:
+        """Apply a change, all or nothing.  Raises ApplyFailed with the culprit element."""
+        ...
+
+    async def remove(self) -> None:
+        """Delete everything this driver owns, and nothing else."""
+        ...
+
+    def close(self) -> None:
+        """Release sockets; the kernel keeps forwarding."""
+        ...

@@ -1,0 +1,121 @@
+"""IP addresses and prefixes as canonical text, parsed once and packed through a cache.
+
+Text is the carried form: it hashes faster than ipaddress objects and prints as itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from functools import lru_cache
+from typing import Final
+
+
+class Family(enum.Enum):
+    """An IP family; rules, routes and pools are one loop over `FAMILIES`."""
+
+    V4 = 4
+    V6 = 6
+
+    @property
+    def bits(self) -> int:
+        """The width of an address: 32 or 128."""
+        return 32 if self is Family.V4 else 128
+
+    @property
+    def suffix(self) -> str:
+        """What set and option names end in: "4" or "6"."""
+        return str(self.value)
+
+
+FAMILIES: Final = (Family.V4, Family.V6)
+
+
+def parse_address(text: str) -> str:
+    """The canonical text of an IPv4 or IPv6 address, without scope.  Raises ValueError."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not an IP address") from None
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+        raise ValueError(f"{text!r} has a scope; give an address without %{address.scope_id}")
+    return str(address)
+
+
+def parse_prefix(text: str) -> str:
+    """The canonical text of an IP prefix; host bits must be zero.  Raises ValueError."""
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an IP prefix ({error})") from None
+
+
+def family_of(text: str) -> Family:
+    """The family of a canonical address or prefix."""
+    return Family.V6 if ":" in text else Family.V4
+
+
+def of_family(addresses: tuple[str, ...], family: Family) -> tuple[str, ...]:
+    """Those of `addresses` that belong to `family`, in order."""
+    return tuple(a for a in addresses if family_of(a) is family)
+
+
+@lru_cache(maxsize=16384)
+def packed(address: str) -> bytes:
+    """A canonical address in network byte order, 4 or 16 bytes."""
+    return ipaddress.ip_address(address).packed
+
+
+def unpacked(data: bytes) -> str:
+    """The canonical text of 4 or 16 bytes in network byte order."""
+    return str(ipaddress.ip_address(data))
+
+
+def is_usable_host(address: str) -> bool:
+    """Whether `address` may name one host: not unspecified, multicast or loopback."""
+    value = ipaddress.ip_address(address)
+    return not (value.is_unspecified or value.is_multicast or value.is_loopback)
+
+
+def contains(prefix: str, address: str) -> bool:
+    """Whether `address` lies in `prefix`; False across families."""
+    if family_of(prefix) is not family_of(address):
+        return False
+    return ipaddress.ip_address(address) in ipaddress.ip_network(prefix)
+
+
+def overlaps(one: str, other: str) -> bool:
+    """Whether two prefixes share an address; False across families."""
+    if family_of(one) is not family_of(other):
+        return False
+    return ipaddress.ip_network(one).overlaps(ipaddress.ip_network(other))  # type: ignore[arg-type]
+
+
+def nth(prefix: str, index: int) -> str:
+    """The address `index` places after the first of `prefix`.  Raises ValueError outside it."""
+    network = ipaddress.ip_network(prefix)
+    if not 0 <= index < network.num_addresses:
+        raise ValueError(f"{prefix} has no address number {index}")
+    return str(network[index])
+
+
+def nth_subnet(prefix: str, new_bits: int, index: int) -> str:
+    """The subnet number `index` of length `new_bits` in `prefix`.  Raises ValueError outside it."""
+    network = ipaddress.ip_network(prefix)
+    if not network.prefixlen <= new_bits <= network.max_prefixlen:
+        raise ValueError(f"{prefix} cannot be cut into /{new_bits}")
+    if not 0 <= index < 1 << (new_bits - network.prefixlen):
+        raise ValueError(f"{prefix} has no /{new_bits} number {index}")
+    base = int(network.network_address) + (index << (network.max_prefixlen - new_bits))
+    return f"{type(network.network_address)(base)}/{new_bits}"
+
+
+def prefix_length(prefix: str) -> int:
+    """The number after the slash."""
+    return int(prefix.rpartition("/")[2])
+
+
+def collapse(prefixes: tuple[str, ...], family: Family) -> tuple[str, ...]:
+    """The prefixes of `family` merged into the fewest that cover the same addresses."""
+    networks = [ipaddress.ip_network(p) for p in prefixes if family_of(p) is family]
+    return tuple(str(n) for n in ipaddress.collapse_addresses(networks))  # type: ignore[type-var]

@@ -1,0 +1,32 @@
+"""What the controller hands out: node numbers, VIPs and ingress ports."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mesh.model.address import parse_address
+
+
+class NodeAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Owner of a node number; the number is in the key."""
+
+    node: str
+
+
+class VipAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Owner of one VIP per family; the index within the VIP range is in the key."""
+
+    service: str
+    addresses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for address in self.addresses:
+            if parse_address(address) != address:
+                raise ValueError(f"address {address!r}: write {parse_address(address)!r}")
+
+
+class PortAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Owner of a published ingress port; protocol and port are in the key."""
+
+    service: str
+    target: int

@@ -1,0 +1,29 @@
+"""What an agent reports back: the revision its kernel has, and what is wrong."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One thing an operator should know: what it is about, and one line that says what to do."""
+
+    about: str
+    message: str
+
+
+class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The etcd revision a node's kernel has, with what drives it."""
+
+    revision: int
+    backend: str
+    version: str
+    problems: tuple[Problem, ...] = ()
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Whether a task answered its checks."""
+
+    service: str
+    healthy: bool
+    reason: str = ""

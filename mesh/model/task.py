@@ -1,0 +1,43 @@
+"""A task: one replica of a service, an address on a node."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from mesh.model.address import is_usable_host, parse_address
+from mesh.model.names import check_name
+
+
+class TaskState(enum.Enum):
+    """Whether a task may be given new connections."""
+
+    RUNNING = "running"
+    DRAINING = "draining"
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """One replica, as an orchestrator writes it.  `weight` 0 means: no new connections."""
+
+    service: str
+    id: str
+    node: str
+    addresses: tuple[str, ...]
+    weight: int = 1
+    state: TaskState = TaskState.RUNNING
+    labels: dict[str, str] = {}  # noqa: RUF012 (msgspec copies empty literals)
+
+    def __post_init__(self) -> None:
+        check_name(self.service, "service")
+        check_name(self.id, "task")
+        check_name(self.node, "node")
+        if not self.addresses:
+            raise ValueError("a task needs at least one address")
+        for address in self.addresses:
+            if parse_address(address) != address:
+                raise ValueError(f"address {address!r}: write {parse_address(address)!r}")
+            if not is_usable_host(address):
+                raise ValueError(f"address {address} cannot be a task's")
+        if not 0 <= self.weight <= 255:
+            raise ValueError(f"weight {self.weight} is not in 0-255")

@@ -1,0 +1,135 @@
+"""Elements: the data of the static program, as plain keyed bytes.
+
+An element is `(set name, key bytes) -> data bytes`, in the kernel's own wire layout, so that what
+is read back from the kernel compares without parsing.  `describe` is for people.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mesh.model import address
+from mesh.model.address import FAMILIES, Family
+from mesh.model.publish import PROTOCOLS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+ElementKey = tuple[str, bytes]
+Elements = dict[ElementKey, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One field of a key or of data: its padded width on the wire and how people read it."""
+
+    name: str
+    width: int
+    show: Callable[[bytes], str]
+
+
+def _protocol(data: bytes) -> str:
+    known = PROTOCOLS.get(data[0])
+    return known.value if known is not None else str(data[0])
+
+
+ADDRESS: Final = {
+    Family.V4: Part("ipv4_addr", 4, address.unpacked),
+    Family.V6: Part("ipv6_addr", 16, address.unpacked),
+}
+PROTO: Final = Part("inet_proto", 4, _protocol)
+PORT: Final = Part("inet_service", 4, lambda data: str(int.from_bytes(data[:2], "big")))
+MARK: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('=I', data)[0]:x}")
+MARK_BE: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('>I', data)[0]:x}")
+SLOT: Final = Part("slot", 4, lambda data: str(struct.unpack("=I", data)[0]))
+ETHER: Final = Part("ether_addr", 8, lambda data: data[:6].hex(":"))
+ZONE: Final = Part("ct zone", 2, lambda data: str(struct.unpack("=H", data[:2])[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class SetSpec:
+    """A set or map of the program.  `shared` elements may belong to several owners at once."""
+
+    name: str
+    key: tuple[Part, ...]
+    data: tuple[Part, ...] = ()
+    shared: bool = False
+    interval: bool = False
+
+
+def _specs() -> dict[str, SetSpec]:
+    specs = [
+        SetSpec("via", (ETHER,), (MARK,)),
+        SetSpec("zones", (ETHER,), (ZONE,)),
+        SetSpec("limited", (MARK,)),
+    ]
+    for family in FAMILIES:
+        host, end = ADDRESS[family], family.suffix
+        specs += [
+            SetSpec(f"nodes{end}", (host,), shared=True),
+            SetSpec(f"vips{end}", (host, PROTO, PORT), (MARK,)),
+            SetSpec(f"hostips{end}", (host, PROTO, PORT), (MARK,)),
+            SetSpec(f"meshports{end}", (PROTO, PORT), (MARK,)),
+            SetSpec(f"ports{end}", (PROTO, PORT), (MARK,)),
+            SetSpec(f"targets{end}", (MARK, SLOT), (host, PORT)),
+            SetSpec(f"known{end}", (host,), shared=True),
+            SetSpec(f"allow{end}", (MARK_BE, host), interval=True),
+            SetSpec(f"hairpin{end}", (host, host), shared=True),
+        ]
+    return {spec.name: spec for spec in specs}
+
+
+SETS: Final[Mapping[str, SetSpec]] = _specs()
+"""Every set the agent writes.  Sets with static contents (own, closed, sizes) are program text."""
+
+FRONTENDS: Final = frozenset(
+    f"{name}{family.suffix}"
+    for name in ("vips", "hostips", "meshports", "ports")
+    for family in FAMILIES
+)
+"""The maps whose data is a frontend's mark."""
+
+
+def port_bytes(port: int) -> bytes:
+    """A port as a padded field."""
+    return port.to_bytes(2, "big") + b"\0\0"
+
+
+def proto_bytes(number: int) -> bytes:
+    """A protocol number as a padded field."""
+    return bytes((number, 0, 0, 0))
+
+
+def mark_bytes(value: int) -> bytes:
+    """A mark as a field, in host order."""
+    return struct.pack("=I", value)
+
+
+def mark_of(data: bytes) -> int:
+    """The mark in a field."""
+    return int(struct.unpack("=I", data)[0])
+
+
+def ether_bytes(mac: str) -> bytes:
+    """A MAC address as a key."""
+    return bytes.fromhex(mac.replace(":", "")) + b"\0\0"
+
+
+def _show(parts: tuple[Part, ...], data: bytes) -> str:
+    shown, offset = [], 0
+    for part in parts:
+        shown.append(part.show(data[offset : offset + part.width]))
+        offset += part.width
+    return " . ".join(shown)
+
+
+def describe(key: ElementKey, data: bytes) -> str:
+    """An element as nft would print it: "vips4 { 10.1.0.1 . tcp . 80 : 0x10c03 }"."""
+    spec = SETS[key[0]]
+    width = sum(part.width for part in spec.key)
+    shown = _show(spec.key, key[1][:width])
+    if spec.interval:
+        shown += f" - {_show(spec.key[-1:], key[1][-spec.key[-1].width:])}"
+    return f"{spec.name} {{ {shown}{' : ' + _show(spec.data, data) if spec.data else ''} }}"

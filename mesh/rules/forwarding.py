@@ -1,0 +1,56 @@
+"""Forwardings: the only thing the rule engine knows.  A frontend, a pool, and their policies."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mesh.model.publish import Protocol
+from mesh.model.service import Affinity, Source
+
+
+class Scope(enum.Enum):
+    """Where a frontend answers."""
+
+    VIP = "vip"
+    """On one virtual address that no host has."""
+    HOST_IP = "host-ip"
+    """On one local address; beats INGRESS and NODE there."""
+    INGRESS = "ingress"
+    """On every local address of every node; the same meaning cluster-wide."""
+    NODE = "node"
+    """On every local address of this node only."""
+
+
+class Frontend(NamedTuple):
+    """What a packet is matched on.  `address` is None for INGRESS and NODE, in both families."""
+
+    scope: Scope
+    address: str | None
+    protocol: Protocol
+    port: int
+
+
+class Backend(NamedTuple):
+    """One address and port that may be chosen, `weight` times as often as one of weight 1."""
+
+    address: str
+    port: int
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarding:
+    """Frontends that share one pool.
+
+    `key` is stable for the life of the pool ("service/target/protocol"); the engine derives the
+    frontend id in conntrack marks from it.  No backend of a family: refused at once there.
+    """
+
+    key: str
+    frontends: tuple[Frontend, ...]
+    backends: tuple[Backend, ...]
+    affinity: Affinity = Affinity.NONE
+    source: Source = Source.PRESERVE
+    allow: tuple[str, ...] = ()

@@ -1,0 +1,169 @@
+"""The keys of DESIGN section 6 and the codec of every record.  Pure.
+
+A key is `<prefix>/<kind>/<name>…`.  `parse` turns a stored pair into a typed record or raises
+InvalidRecord with the field, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import msgspec
+
+from mesh.errors import InvalidRecord
+from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
+from mesh.model.cluster import Cluster
+from mesh.model.node import Node
+from mesh.model.report import Applied, Health
+from mesh.model.service import ServiceSpec
+from mesh.model.task import Task
+
+DEFAULT_PREFIX: Final = "/mesh"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The key of everything, below one configurable prefix."""
+
+    prefix: str = DEFAULT_PREFIX
+
+    def __post_init__(self) -> None:
+        if not self.prefix.startswith("/") or self.prefix.endswith("/"):
+            raise ValueError(f"prefix {self.prefix!r} must start with '/' and not end with one")
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's settings."""
+        return f"{self.prefix}/cluster"
+
+    def under(self, kind: str) -> str:
+        """The prefix of every key of a kind."""
+        return f"{self.prefix}/{kind}/"
+
+    def node(self, name: str) -> str:
+        """A node's identity."""
+        return f"{self.prefix}/nodes/{name}"
+
+    def maintenance(self, name: str) -> str:
+        """What operators want of a node."""
+        return f"{self.prefix}/maintenance/{name}"
+
+    def alive(self, name: str) -> str:
+        """A node's liveness; held by a lease."""
+        return f"{self.prefix}/alive/{name}"
+
+    def service(self, name: str) -> str:
+        """A service's spec."""
+        return f"{self.prefix}/services/{name}"
+
+    def task(self, service: str, task: str) -> str:
+        """A task's spec."""
+        return f"{self.prefix}/tasks/{service}/{task}"
+
+    def tasks_of(self, service: str) -> str:
+        """The prefix of a service's tasks."""
+        return f"{self.prefix}/tasks/{service}/"
+
+    def node_allocation(self, number: int) -> str:
+        """The owner of a node number."""
+        return f"{self.prefix}/allocations/nodes/{number}"
+
+    def vip_allocation(self, index: int) -> str:
+        """The owner of the VIP `index` places into the range."""
+        return f"{self.prefix}/allocations/vips/{index}"
+
+    def port_allocation(self, protocol: str, port: int) -> str:
+        """The owner of an ingress port."""
+        return f"{self.prefix}/allocations/ports/{protocol}/{port}"
+
+    def cursor(self, pool: str) -> str:
+        """Where the allocator of `pool` goes on, so that freed values rest."""
+        return f"{self.prefix}/allocations/cursors/{pool}"
+
+    def health(self, node: str, task: str) -> str:
+        """A task's health, as its node sees it."""
+        return f"{self.prefix}/health/{node}/{task}"
+
+    def applied(self, node: str) -> str:
+        """What a node's kernel has."""
+        return f"{self.prefix}/applied/{node}"
+
+    def status(self, kind: str, name: str) -> str:
+        """What the controller has to say about a thing."""
+        return f"{self.prefix}/status/{kind}/{name}"
+
+    @property
+    def leader(self) -> str:
+        """The elected manager; held by a lease."""
+        return f"{self.prefix}/status/leader"
+
+
+def decode(key: str, value: bytes, kind: type[T]) -> T:
+    """The record in `value`.  Raises InvalidRecord naming the field."""
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRecord(key, str(error)) from None
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """A record as it is stored: JSON without spaces, camelCase, defaults written out."""
+    return msgspec.json.encode(record)
+
+
+def parse_service(key: str, value: bytes) -> ServiceSpec:
+    """A service; its name must be the key's last part."""
+    spec = decode(key, value, ServiceSpec)
+    if spec.name != key.rpartition("/")[2]:
+        raise InvalidRecord(key, f"name {spec.name!r} differs from the key")
+    return spec
+
+
+def parse_task(key: str, value: bytes) -> Task:
+    """A task; its service and id must be the key's last two parts."""
+    task = decode(key, value, Task)
+    if key.split("/")[-2:] != [task.service, task.id]:
+        raise InvalidRecord(key, f"service and id {task.service}/{task.id} differ from the key")
+    return task
+
+
+def parse_node(key: str, value: bytes) -> Node:
+    """A node; its name must be the key's last part."""
+    node = decode(key, value, Node)
+    if node.name != key.rpartition("/")[2]:
+        raise InvalidRecord(key, f"name {node.name!r} differs from the key")
+    return node
+
+
+def parse_index(key: str) -> int:
+    """The number a key ends in."""
+    text = key.rpartition("/")[2]
+    if not (text.isascii() and text.isdigit()):
+        raise InvalidRecord(key, "the key does not end in a number")
+    return int(text)
+
+
+def json_schema() -> dict[str, object]:
+    """JSON Schema of what users and automation write, keyed by kind."""
+    kinds = {
+        "cluster": Cluster,
+        "service": ServiceSpec,
+        "task": Task,
+        "node": Node,
+        "nodeAllocation": NodeAllocation,
+        "vipAllocation": VipAllocation,
+        "portAllocation": PortAllocation,
+        "applied": Applied,
+        "health": Health,
+    }
+    schemas, components = msgspec.json.schema_components(
+        kinds.values(), ref_template="#/$defs/{name}"
+    )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "properties": dict(zip(kinds, schemas, strict=True)),
+        "$defs": components,
+    }
