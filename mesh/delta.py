@@ -28,9 +28,7 @@ class Delta(Generic[K, V]):
         if actual == desired:
             return Delta()
         missing = object()
-        remove = {
-            key: value for key, value in actual.items() if desired.get(key, missing) != value
-        }
+        remove = {key: value for key, value in actual.items() if desired.get(key, missing) != value}
         add = {key: value for key, value in desired.items() if actual.get(key, missing) != value}
         return Delta(remove, add)
 

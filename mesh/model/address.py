@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 
 class Family(enum.Enum):
@@ -88,7 +88,8 @@ def overlaps(one: str, other: str) -> bool:
     """Whether two prefixes share an address; False across families."""
     if family_of(one) is not family_of(other):
         return False
-    return ipaddress.ip_network(one).overlaps(ipaddress.ip_network(other))  # type: ignore[arg-type]
+    first, second = ipaddress.ip_network(one), ipaddress.ip_network(other)
+    return first[0] <= second[-1] and second[0] <= first[-1]  # type: ignore[operator]
 
 
 def nth(prefix: str, index: int) -> str:
@@ -117,5 +118,5 @@ def prefix_length(prefix: str) -> int:
 
 def collapse(prefixes: tuple[str, ...], family: Family) -> tuple[str, ...]:
     """The prefixes of `family` merged into the fewest that cover the same addresses."""
-    networks = [ipaddress.ip_network(p) for p in prefixes if family_of(p) is family]
-    return tuple(str(n) for n in ipaddress.collapse_addresses(networks))  # type: ignore[type-var]
+    networks: list[Any] = [ipaddress.ip_network(p) for p in prefixes if family_of(p) is family]
+    return tuple(str(n) for n in ipaddress.collapse_addresses(networks))

@@ -29,7 +29,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     public_key: str
     endpoints: tuple[str, ...]
     addresses: tuple[str, ...]
-    labels: dict[str, str] = {}  # noqa: RUF012 (msgspec copies empty literals)
+    labels: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         check_name(self.name, "node")

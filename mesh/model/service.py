@@ -72,7 +72,7 @@ class ServiceSpec(
     health: HealthCheck | None = None
     allow: tuple[str, ...] = ()
     drain: str = "10s"
-    labels: dict[str, str] = {}  # noqa: RUF012 (msgspec copies empty literals)
+    labels: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         check_name(self.name, "service")

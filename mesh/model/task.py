@@ -26,7 +26,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unk
     addresses: tuple[str, ...]
     weight: int = 1
     state: TaskState = TaskState.RUNNING
-    labels: dict[str, str] = {}  # noqa: RUF012 (msgspec copies empty literals)
+    labels: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         check_name(self.service, "service")

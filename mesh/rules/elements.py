@@ -131,5 +131,5 @@ def describe(key: ElementKey, data: bytes) -> str:
     width = sum(part.width for part in spec.key)
     shown = _show(spec.key, key[1][:width])
     if spec.interval:
-        shown += f" - {_show(spec.key[-1:], key[1][-spec.key[-1].width:])}"
+        shown += f" - {_show(spec.key[-1:], key[1][-spec.key[-1].width :])}"
     return f"{spec.name} {{ {shown}{' : ' + _show(spec.data, data) if spec.data else ''} }}"

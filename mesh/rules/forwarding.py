@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mesh.model.publish import Protocol
 from mesh.model.service import Affinity, Source
+
+if TYPE_CHECKING:
+    from mesh.model.publish import Protocol
 
 
 class Scope(enum.Enum):

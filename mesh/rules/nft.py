@@ -74,12 +74,9 @@ def _lower_family(
         found[_MAPS[frontend.scope] + end, key] = mark
     targets = "targets" + end
     for slot, backend in enumerate(pool):
-        found[targets, mark + slot.to_bytes(4, _ORDER)] = address.packed(
+        found[targets, mark + elements.mark_bytes(slot)] = address.packed(
             backend.address
         ) + elements.port_bytes(backend.port)
-
-
-_ORDER = "little" if elements.mark_bytes(1)[0] else "big"
 
 
 def _lower_allow(found: Elements, forwarding: Forwarding, number: int) -> None:

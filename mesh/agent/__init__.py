@@ -1,0 +1,1 @@
+"""The daemon of every node: composes the rooms and keeps the kernel in line with etcd."""

@@ -1,0 +1,93 @@
+"""The agent's configuration file: what a node knows before it can ask etcd anything.
+
+TOML, snake_case.  Read by the agent, by the command line for its etcd, and written by the lab.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from mesh.errors import BadUsage
+from mesh.model.address import parse_address
+from mesh.model.names import check_name
+from mesh.model.node import Role, split_endpoint
+
+DEFAULT_PATH: Final = Path("/etc/mesh/agent.toml")
+
+
+class EtcdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to reach etcd.  `ca`, `cert` and `key` are paths of PEM files."""
+
+    endpoints: tuple[str, ...] = ("http://127.0.0.1:2379",)
+    prefix: str = "/mesh"
+    user: str | None = None
+    password: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise ValueError("endpoints is empty")
+        for endpoint in self.endpoints:
+            if not endpoint.startswith(("http://", "https://")):
+                raise ValueError(f"endpoint {endpoint!r}: write http://HOST:PORT or https://…")
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key go together")
+        if not self.prefix.startswith("/") or self.prefix.endswith("/"):
+            raise ValueError(f"prefix {self.prefix!r} must start with '/' and not end with one")
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One node's configuration.
+
+    `endpoints` are where WireGuard answers ("192.0.2.1" or "192.0.2.1:51820"), best first; empty
+    means: the addresses of the interface with the default route.
+    """
+
+    node: str
+    role: Role = Role.WORKER
+    etcd: EtcdConfig = EtcdConfig()
+    state_dir: str = "/var/lib/mesh"
+    endpoints: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    backend: str = "auto"
+    overlay_device: str = "warren0"
+    steering_device: str = "warren-x0"
+    bridge: str = "warren-br0"
+
+    def __post_init__(self) -> None:
+        check_name(self.node, "node")
+        for endpoint in self.endpoints:
+            if not _is_address(endpoint):
+                split_endpoint(endpoint)
+        if self.backend not in ("auto", "nftables"):
+            raise ValueError(f"backend {self.backend!r} is not one of auto, nftables")
+        for name in ("overlay_device", "steering_device", "bridge"):
+            device = getattr(self, name)
+            if not 0 < len(device) < 16 or "/" in device or device != device.strip():
+                raise ValueError(f"{name} {device!r} is not an interface name (1-15 characters)")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parse_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def load(path: Path) -> AgentConfig:
+    """The configuration in a file.  Raises BadUsage naming the file and the field."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), AgentConfig)
+    except FileNotFoundError:
+        raise BadUsage(f"{path}: no such file; `mesh node join` writes one") from None
+    except OSError as error:
+        raise BadUsage(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise BadUsage(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""What the mesh costs, measured: JSON figures, never asserts."""

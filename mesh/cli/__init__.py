@@ -1,0 +1,1 @@
+"""The command line: one file per noun, a table of verbs in `main`."""

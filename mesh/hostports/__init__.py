@@ -1,0 +1,1 @@
+"""Host mode: ports that answer on the node that runs the container."""
