@@ -60,6 +60,11 @@ def of_family(addresses: tuple[str, ...], family: Family) -> tuple[str, ...]:
     return tuple(a for a in addresses if family_of(a) is family)
 
 
+def one_per_family(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """The first address of each family: where a host with several is reached."""
+    return tuple(a for family in FAMILIES for a in of_family(addresses, family)[:1])
+
+
 @lru_cache(maxsize=16384)
 def packed(address: str) -> bytes:
     """A canonical address in network byte order, 4 or 16 bytes."""
@@ -77,6 +82,7 @@ def is_usable_host(address: str) -> bool:
     return not (value.is_unspecified or value.is_multicast or value.is_loopback)
 
 
+@lru_cache(maxsize=16384)
 def contains(prefix: str, address: str) -> bool:
     """Whether `address` lies in `prefix`; False across families."""
     if family_of(prefix) is not family_of(address):
@@ -100,6 +106,7 @@ def nth(prefix: str, index: int) -> str:
     return str(network[index])
 
 
+@lru_cache(maxsize=16384)
 def nth_subnet(prefix: str, new_bits: int, index: int) -> str:
     """The subnet number `index` of length `new_bits` in `prefix`.  Raises ValueError outside it."""
     network = ipaddress.ip_network(prefix)

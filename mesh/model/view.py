@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from mesh.model.task import TaskState
+
 if TYPE_CHECKING:
     from mesh.model.cluster import NodeNetwork
+    from mesh.model.node import Node
     from mesh.model.publish import Protocol
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
@@ -38,9 +41,19 @@ class ServiceView:
     unhealthy: frozenset[str] = frozenset()
     host_ports: frozenset[HostClaim] = frozenset()
 
+    def accepts(self, task: Task) -> bool:
+        """Whether the task itself wants and is able to be given new connections."""
+        if task.state is not TaskState.RUNNING or task.weight == 0:
+            return False
+        return task.id not in self.unhealthy
+
 
 class HostClaim(NamedTuple):
-    """A host-mode port that a task on this node wants; `address` None means every address."""
+    """A host-mode port that a task on this node wants; `address` None means every address.
+
+    `revision` orders claimants of one port: the smallest wins.  It is the etcd revision at which
+    the task was created (hostports.claims.wanted builds claims).
+    """
 
     service: str
     task: str
@@ -48,6 +61,14 @@ class HostClaim(NamedTuple):
     published: int
     target: int
     address: str | None
+    revision: int
+
+
+class PeerNode(NamedTuple):
+    """A node of the mesh: its identity and the addresses that follow from its number."""
+
+    node: Node
+    network: NodeNetwork
 
 
 @dataclass(frozen=True, slots=True)

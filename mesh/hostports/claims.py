@@ -1,0 +1,137 @@
+"""Which task on this node gets which host port, when several want the same one.
+
+Pure, mutable; knows only this node.  The outcome depends on the claims, never on the order in
+which they became known: the smallest revision wins, then service and task name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
+
+from mesh.model.publish import PublishMode
+from mesh.model.task import TaskState
+from mesh.model.view import HostClaim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mesh.model.publish import Protocol
+    from mesh.model.service import ServiceSpec
+    from mesh.model.task import Task
+    from mesh.model.view import IngressPort
+
+_Port = tuple["Protocol", int]
+
+_YIELDING: Final = 1 << 62
+"""Added to a draining task's revision: it keeps a port only while no running task wants it, so a
+replacement started on the same node takes over in one change."""
+
+_INGRESS_REVISION: Final = 0
+"""No etcd revision is this small, so an ingress port wins over every task's claim to it."""
+
+
+def wanted(spec: ServiceSpec, tasks: Iterable[tuple[Task, int]]) -> tuple[HostClaim, ...]:
+    """The claims of this node's `tasks` of one service, each given with its create revision.
+
+    Ports without a published number claim nothing.
+    """
+    ports = [p for p in spec.ports if p.mode is PublishMode.HOST]
+    return tuple(
+        HostClaim(
+            service=spec.name,
+            task=task.id,
+            protocol=port.protocol,
+            published=port.published,
+            target=port.target,
+            address=port.host_ip,
+            revision=revision if task.state is TaskState.RUNNING else revision + _YIELDING,
+        )
+        for task, revision in tasks
+        for port in ports
+        if port.published is not None
+    )
+
+
+class Claims:
+    """The claims of every service to this node's ports, and who holds each."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[str, frozenset[HostClaim]] = {}
+        self._ingress: dict[str, frozenset[HostClaim]] = {}
+        self._claimants: defaultdict[_Port, set[HostClaim]] = defaultdict(set)
+        self._owner: dict[HostClaim, HostClaim] = {}
+
+    def update(self, service: str, wanted: Iterable[HostClaim]) -> frozenset[str]:
+        """Replace a service's claims; the services whose granted ports changed."""
+        return self._replace(self._wanted, service, frozenset(wanted))
+
+    def reserve(self, service: str, ingress: Iterable[IngressPort]) -> frozenset[str]:
+        """Replace the ingress ports allocated to a service: no task gets one of them for itself.
+
+        Returns the services whose granted ports changed.
+        """
+        claims = frozenset(
+            HostClaim(service, "", p.protocol, p.published, p.target, None, _INGRESS_REVISION)
+            for p in ingress
+        )
+        return self._replace(self._ingress, service, claims)
+
+    def granted(self, service: str) -> frozenset[HostClaim]:
+        """The claims of a service that hold their port."""
+        claims = self._wanted.get(service, frozenset())
+        return frozenset(claim for claim in claims if self._owner[claim] == claim)
+
+    def refused(self, service: str) -> tuple[tuple[HostClaim, HostClaim], ...]:
+        """The claims of a service that got nothing, each with the claim that holds the port.
+
+        The holder's `task` is empty where the port is an ingress port.
+        """
+        claims = sorted(self._wanted.get(service, frozenset()), key=_age)
+        return tuple((c, self._owner[c]) for c in claims if self._owner[c] != c)
+
+    def _replace(
+        self, table: dict[str, frozenset[HostClaim]], service: str, claims: frozenset[HostClaim]
+    ) -> frozenset[str]:
+        before = table.pop(service, frozenset())
+        if claims:
+            table[service] = claims
+        changed: set[str] = set()
+        for claim in before - claims:
+            self._claimants[_port(claim)].discard(claim)
+            if self._owner.pop(claim) == claim:
+                changed.add(service)
+        for claim in claims - before:
+            self._claimants[_port(claim)].add(claim)
+        for port in {_port(claim) for claim in before ^ claims}:
+            changed |= self._decide(port)
+        return frozenset(changed)
+
+    def _decide(self, port: _Port) -> set[str]:
+        """Grant one port anew; the services that won or lost a claim to it."""
+        changed: set[str] = set()
+        holders: list[HostClaim] = []
+        for claim in sorted(self._claimants[port], key=_age):
+            owner = next((h for h in holders if _answer_together(h, claim)), claim)
+            if owner is claim:
+                holders.append(claim)
+            if (self._owner.get(claim) == claim) != (owner is claim):
+                changed.add(claim.service)
+            self._owner[claim] = owner
+        if not self._claimants[port]:
+            del self._claimants[port]
+        return changed
+
+
+def _port(claim: HostClaim) -> _Port:
+    return claim.protocol, claim.published
+
+
+def _age(claim: HostClaim) -> tuple[int, str, str, str, int, int]:
+    address = claim.address or ""
+    return claim.revision, claim.service, claim.task, address, claim.published, claim.target
+
+
+def _answer_together(one: HostClaim, other: HostClaim) -> bool:
+    """Whether some packet to their common port would match both."""
+    return one.address is None or other.address is None or one.address == other.address

@@ -1,0 +1,27 @@
+"""Which tasks of a service may be given new connections, as one node sees it, and why.
+
+Pure: same state, same answer, in the order of the tasks given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mesh.model.service import Prefer
+
+if TYPE_CHECKING:
+    from mesh.model.task import Task
+    from mesh.model.view import NodeView, ServiceView
+
+
+def eligible(service: ServiceView, node: NodeView) -> tuple[Task, ...]:
+    """Every task of the cluster that may be given new connections: it accepts, its node lives."""
+    return tuple(task for task in service.tasks if task.node in node.live and service.accepts(task))
+
+
+def preferred(tasks: tuple[Task, ...], prefer: Prefer, node: NodeView) -> tuple[Task, ...]:
+    """Those of the eligible `tasks` that `node` balances over."""
+    if prefer is Prefer.ANY:
+        return tasks
+    local = tuple(task for task in tasks if task.node == node.name)
+    return local if local or prefer is Prefer.LOCAL_ONLY else tasks
