@@ -117,6 +117,11 @@ def ether_bytes(mac: str) -> bytes:
     return bytes.fromhex(mac.replace(":", "")) + b"\0\0"
 
 
+def zone_bytes(number: int) -> bytes:
+    """A conntrack zone as data, in host order."""
+    return struct.pack("=H", number)
+
+
 def _show(parts: tuple[Part, ...], data: bytes) -> str:
     shown, offset = [], 0
     for part in parts:
@@ -125,11 +130,13 @@ def _show(parts: tuple[Part, ...], data: bytes) -> str:
     return " . ".join(shown)
 
 
-def describe(key: ElementKey, data: bytes) -> str:
+def describe(key: ElementKey, data: bytes | None = None) -> str:
     """An element as nft would print it: "vips4 { 10.1.0.1 . tcp . 80 : 0x10c03 }"."""
     spec = SETS[key[0]]
     width = sum(part.width for part in spec.key)
     shown = _show(spec.key, key[1][:width])
     if spec.interval:
         shown += f" - {_show(spec.key[-1:], key[1][-spec.key[-1].width :])}"
-    return f"{spec.name} {{ {shown}{' : ' + _show(spec.data, data) if spec.data else ''} }}"
+    if spec.data and data is not None:
+        shown += f" : {_show(spec.data, data)}"
+    return f"{spec.name} {{ {shown} }}"

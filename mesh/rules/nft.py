@@ -12,8 +12,9 @@ from mesh.rules import elements, marks, slots
 from mesh.rules.forwarding import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
+    from mesh.model.cluster import NodeNetwork
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Backend, Forwarding, Frontend
     from mesh.rules.ids import Ids
@@ -91,10 +92,59 @@ def _lower_allow(found: Elements, forwarding: Forwarding, number: int) -> None:
             found["allow" + family.suffix, key] = b""
 
 
+def lower_hairpins(addresses: Iterable[str]) -> Elements:
+    """Local replicas, so that one which reaches itself through a frontend gets an answer."""
+    return {
+        (f"hairpin{address.family_of(a).suffix}", address.packed(a) * 2): b"" for a in addresses
+    }
+
+
+def lower_nodes(addresses: Iterable[str]) -> Elements:
+    """Addresses of nodes: underlay, secondary and overlay."""
+    return {(f"nodes{address.family_of(a).suffix}", address.packed(a)): b"" for a in addresses}
+
+
+def lower_peer(network: NodeNetwork) -> Elements:
+    """A peer that may send through the steering device, known by its MAC address."""
+    ether = elements.ether_bytes(network.mac)
+    return {
+        ("via", ether): elements.mark_bytes(marks.via(network.number)),
+        ("zones", ether): elements.zone_bytes(network.number),
+    }
+
+
 def sizes(delta: Elements) -> frozenset[int]:
     """The slot counts, HASH bit included, that the frontends among `delta` dispatch on."""
     return frozenset(
         elements.mark_of(data) & marks.SIZE_MASK
         for (name, _), data in delta.items()
         if name in elements.FRONTENDS
+    )
+
+
+def adopt(forwardings: Iterable[Forwarding], actual: Elements, ids: Ids) -> None:
+    """Give each pool the id that one of its frontends has in the kernel already.
+
+    What a restarted agent finds it keeps: same id, same mark, no element to write.
+    """
+    for forwarding in forwardings:
+        for name, key in _frontend_keys(forwarding):
+            data = actual.get((name, key))
+            if data is not None and ids.adopt(
+                forwarding.key, marks.parse(elements.mark_of(data)).id
+            ):
+                break
+
+
+def _frontend_keys(forwarding: Forwarding) -> Iterator[tuple[str, bytes]]:
+    for frontend in forwarding.frontends:
+        for family in FAMILIES:
+            if _speaks(frontend, family):
+                yield _MAPS[frontend.scope] + family.suffix, _frontend_key(frontend)
+
+
+def _frontend_key(frontend: Frontend) -> bytes:
+    host = b"" if frontend.address is None else address.packed(frontend.address)
+    return (
+        host + elements.proto_bytes(frontend.protocol.number) + elements.port_bytes(frontend.port)
     )

@@ -1,0 +1,131 @@
+"""Keeps the rule backend in line with what the services come to.
+
+Owns the ledger and the ids; the driver does the writing.  Never decides what a service means, and
+never writes before `start` was given the first complete picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from mesh.agent import planner
+from mesh.delta import Delta
+from mesh.errors import ApplyFailed
+from mesh.model.report import Problem
+from mesh.rules import elements, nft
+from mesh.rules.ids import Ids
+from mesh.rules.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mesh.agent.state import State, Touched
+    from mesh.dataplane.protocol import Driver, ElementDelta
+    from mesh.rules.elements import Elements
+
+log = logging.getLogger(__name__)
+
+_NODES = "/nodes"
+"""The owner of what describes the nodes; no service can have a name with a slash."""
+
+
+class Reconciler:
+    """One node's rules: planned, lowered and applied, one service at a time."""
+
+    def __init__(self, state: State, driver: Driver) -> None:
+        self._state = state
+        self._driver = driver
+        self._ids = Ids()
+        self._ledger = Ledger()
+        self._pools: dict[str, frozenset[str]] = {}
+        self._failed: dict[str, Problem] = {}
+
+    async def start(self) -> None:
+        """Take over what the kernel holds: same ids, and only the difference is written."""
+        actual = await self._driver.read()
+        node = self._state.node_view()
+        assert node is not None, "start() comes after this node has its number"
+        names = sorted(self._state.services())
+        if actual:
+            views = (self._state.service_view(name) for name in names)
+            for view in views:
+                if view is not None:
+                    nft.adopt(planner.plan(view, node), actual, self._ids)
+        self._stage(names, nodes=True)
+        delta = Delta.between(actual, self._ledger.elements())
+        log.info("adopted elements=%d remove=%d add=%d", len(actual), *_sizes(delta))
+        if delta:
+            await self._apply(delta)
+
+    async def reconcile(self, touched: Touched) -> int:
+        """Plan the touched services again and write what differs; how many elements that was."""
+        delta = self._stage(touched.services, nodes=touched.nodes)
+        if delta:
+            await self._apply(delta)
+        return len(delta)
+
+    def problems(self) -> Iterable[Problem]:
+        """What could not be installed, and why."""
+        yield from self._failed.values()
+        for owner, key, winner in self._ledger.refused():
+            shown = elements.describe(key)
+            yield Problem(about=f"service {owner}", message=f"{shown} belongs to {winner}")
+
+    def _stage(self, services: Iterable[str], *, nodes: bool) -> ElementDelta:
+        wanted = {name: self._lower(name) for name in services}
+        if nodes:
+            wanted[_NODES] = planner.lower_nodes(self._state.peers(), self._state.node)
+        return self._ledger.stage(wanted)
+
+    def _lower(self, name: str) -> Elements:
+        view, node = self._state.service_view(name), self._state.node_view()
+        found: Elements = {}
+        pools: set[str] = set()
+        if view is not None and node is not None:
+            found, pools = planner.lower(view, node, self._ids)
+        for key in self._pools.pop(name, frozenset()) - pools:
+            self._ids.release(key)
+        if pools:
+            self._pools[name] = frozenset(pools)
+        return found
+
+    async def _apply(self, delta: ElementDelta) -> None:
+        try:
+            await self._driver.apply(delta)
+        except ApplyFailed as error:
+            log.warning("apply failed, reading the kernel back: %s", error)
+            await self._resync()
+        else:
+            self._failed.clear()
+
+    async def _resync(self) -> None:
+        """Bring the kernel in line from what it really holds; single out who cannot be served."""
+        self._failed.clear()
+        desired = self._ledger.elements()
+        delta = Delta.between(await self._driver.read(), desired)
+        try:
+            await self._driver.apply(delta)
+        except ApplyFailed:
+            await self._apply_each()
+
+    async def _apply_each(self) -> None:
+        """One owner at a time, so that a record the kernel refuses disturbs nobody else."""
+        actual = await self._driver.read()
+        await self._driver.apply(Delta(_without(actual, self._ledger.elements()), {}))
+        for owner in (_NODES, *sorted(self._state.services())):
+            held = self._ledger.held_by(owner)
+            missing = _without(held, actual)
+            try:
+                await self._driver.apply(Delta({}, missing))
+            except ApplyFailed as error:
+                log.error("refused owner=%s error=%s", owner, error)
+                self._failed[owner] = Problem(about=f"service {owner}", message=str(error))
+
+
+def _without(actual: Elements, desired: Elements) -> Elements:
+    return {key: value for key, value in actual.items() if desired.get(key) != value}
+
+
+def _sizes(delta: ElementDelta) -> tuple[int, int]:
+    return len(delta.remove), len(delta.add)

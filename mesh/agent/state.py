@@ -1,0 +1,340 @@
+"""What this node knows of the cluster, fed by etcd's events; says which services each one touched.
+
+Mutable, in the agent's loop only.  Pure otherwise: no clock, no I/O.  A record that cannot be read
+is skipped and reported, and its last good version stays in force.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from mesh.errors import InvalidRecord
+from mesh.hostports import claims
+from mesh.model import address
+from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
+from mesh.model.cluster import Cluster
+from mesh.model.publish import PORTS, Protocol, PublishMode
+from mesh.model.report import Health, Problem
+from mesh.model.view import HostClaim, IngressPort, NodeView, PeerNode, ServiceView
+from mesh.store import schema
+from mesh.store.protocol import Changes, Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mesh.model.cluster import NodeNetwork
+    from mesh.model.node import Node
+    from mesh.model.service import ServiceSpec
+    from mesh.model.task import Task
+
+if TYPE_CHECKING:
+    _Parse = Callable[[str, bytes], object]
+    _Index = Callable[[list[str], "Entry | None", "Entry | None"], "Touched"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "health/")
+"""What an agent follows; reports of other agents would only wake it for nothing."""
+
+
+class Touched(NamedTuple):
+    """What an event may have changed: these services, and perhaps the set of nodes."""
+
+    services: frozenset[str]
+    nodes: bool
+
+
+class Entry(NamedTuple):
+    """A record as it was last readable, and when its key was created."""
+
+    record: object
+    created: int
+
+
+class State:
+    """Everything that planning needs, indexed by service."""
+
+    def __init__(self, keys: schema.Keys, node: str) -> None:
+        self.keys = keys
+        self.node = node
+        self.revision = 0
+        self.invalid: dict[str, Problem] = {}
+        self.claims = claims.Claims()
+        self._entries: dict[str, Entry] = {}
+        self._services: dict[str, ServiceSpec] = {}
+        self._nodes: dict[str, Node] = {}
+        self._tasks: dict[str, dict[str, Entry]] = {}
+        self._placed: dict[str, dict[tuple[str, str], bool]] = {}  # node: its (service, task)s
+        self._vips: dict[str, dict[int, VipAllocation]] = {}
+        self._ports: dict[str, dict[IngressPort, bool]] = {}
+        self._unhealthy: dict[str, dict[str, bool]] = {}
+        self._numbers: dict[str, dict[int, bool]] = {}
+        self._alive: set[str] = set()
+        self._networks: dict[int, NodeNetwork] = {}
+        self._readers: dict[str, tuple[_Parse, _Index]] = {
+            "services": (schema.parse_service, self._index_service),
+            "tasks": (schema.parse_task, self._index_task),
+            "nodes": (schema.parse_node, self._index_node),
+            "alive": (lambda _key, _value: True, self._index_alive),
+            "health": (lambda key, value: schema.decode(key, value, Health), self._index_health),
+            "allocations": (_parse_allocation, self._index_allocation),
+            "cluster": (lambda key, value: schema.decode(key, value, Cluster), self._index_cluster),
+        }
+
+    # ---- events
+
+    def apply(self, event: Snapshot | Changes) -> Touched:
+        """Take in an event; which services it touched, and whether nodes changed."""
+        services: set[str] = set()
+        nodes = False
+        for touched in self._applied(event):
+            services |= touched.services
+            nodes |= touched.nodes
+        self.revision = event.revision
+        for name in tuple(services):
+            services |= self._claim(name)
+        return Touched(frozenset(services), nodes)
+
+    def _applied(self, event: Snapshot | Changes) -> Iterable[Touched]:
+        if isinstance(event, Snapshot):
+            present = {item.key for item in event.items}
+            for key in [*self._entries, *self.invalid]:
+                if key not in present:
+                    yield self._delete(key)
+            for item in event.items:
+                yield self._put(item.key, item.value, item.create_revision)
+        else:
+            for change in event.changes:
+                if change.value is None:
+                    yield self._delete(change.key)
+                else:
+                    item = change.value
+                    yield self._put(item.key, item.value, item.create_revision)
+
+    def _put(self, key: str, value: bytes, created: int) -> Touched:
+        parts = self._parts(key)
+        if len(parts) not in _DEPTHS.get(parts[0], ()):
+            return _NOTHING
+        parse, index = self._readers[parts[0]]
+        try:
+            record = parse(key, value)
+        except InvalidRecord as error:
+            self.invalid[key] = Problem(about=key, message=error.reason)
+            return _NOTHING
+        self.invalid.pop(key, None)
+        entry, old = Entry(record, created), self._entries.get(key)
+        if entry == old:
+            return _NOTHING
+        self._entries[key] = entry
+        return index(parts, old, entry)
+
+    def _delete(self, key: str) -> Touched:
+        self.invalid.pop(key, None)
+        old = self._entries.pop(key, None)
+        if old is None:
+            return _NOTHING
+        parts = self._parts(key)
+        return self._readers[parts[0]][1](parts, old, None)
+
+    def _parts(self, key: str) -> list[str]:
+        return key[len(self.keys.prefix) + 1 :].split("/")
+
+    # ---- indexes: each takes a record's old and new entry and says what that touches
+
+    def _index_service(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+        if new is None:
+            del self._services[parts[1]]
+        else:
+            self._services[parts[1]] = new.record  # type: ignore[assignment]
+        return Touched(frozenset(parts[1:]), nodes=False)
+
+    def _index_task(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
+        service, name = parts[1], parts[2]
+        if old is not None:
+            _hold(self._placed, _task(old).node, (service, name), None)
+        if new is not None:
+            _hold(self._placed, _task(new).node, (service, name), True)
+        _hold(self._tasks, service, name, new)
+        return Touched(frozenset((service,)), nodes=False)
+
+    def _index_node(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+        if new is None:
+            del self._nodes[parts[1]]
+        else:
+            self._nodes[parts[1]] = new.record  # type: ignore[assignment]
+        return Touched(frozenset(), nodes=True)
+
+    def _index_alive(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+        name = parts[1]
+        if new is None:
+            self._alive.discard(name)
+        else:
+            self._alive.add(name)
+        return Touched(frozenset(service for service, _ in self._placed.get(name, ())), nodes=True)
+
+    def _index_health(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
+        services = set()
+        for entry in (old, new):
+            if entry is not None:
+                health: Health = entry.record  # type: ignore[assignment]
+                services.add(health.service)
+                failing = entry is new and not health.healthy
+                _hold(self._unhealthy, health.service, parts[2], failing or None)
+        return Touched(frozenset(services), nodes=False)
+
+    def _index_allocation(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
+        services: set[str] = set()
+        nodes = False
+        for entry in (old, new):
+            held = True if entry is new else None
+            match entry.record if entry is not None else None:
+                case VipAllocation() as vip:
+                    services.add(vip.service)
+                    _hold(self._vips, vip.service, int(parts[2]), vip if held else None)
+                case PortAllocation() as port:
+                    services.add(port.service)
+                    ingress = IngressPort(Protocol(parts[2]), int(parts[3]), port.target)
+                    _hold(self._ports, port.service, ingress, held)
+                case NodeAllocation() as node:
+                    nodes = True
+                    _hold(self._numbers, node.node, int(parts[2]), held)
+                case _:
+                    pass
+        return Touched(frozenset(services), nodes)
+
+    def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
+        self._networks.clear()
+        return Touched(frozenset(self.services()), nodes=True)
+
+    def _claim(self, service: str) -> frozenset[str]:
+        """Put in this node's claims on host ports; which services' claims that changed."""
+        spec = self._services.get(service)
+        wanted = []
+        if spec is not None:
+            ports = [p for p in spec.ports if p.mode is PublishMode.HOST and p.published]
+            for entry in self._tasks.get(service, {}).values() if ports else ():
+                task = _task(entry)
+                if task.node == self.node:
+                    wanted += [
+                        HostClaim(
+                            service=service,
+                            task=task.id,
+                            protocol=port.protocol,
+                            published=port.published or 0,
+                            target=port.target,
+                            address=port.host_ip,
+                            revision=entry.created,
+                        )
+                        for port in ports
+                    ]
+        return self.claims.update(service, tuple(wanted))
+
+    # ---- views
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """The cluster's settings, once known."""
+        entry = self._entries.get(self.keys.cluster)
+        return entry.record if entry is not None and isinstance(entry.record, Cluster) else None
+
+    def services(self) -> frozenset[str]:
+        """Every service that has a readable spec."""
+        return frozenset(self._services)
+
+    def service_view(self, service: str) -> ServiceView | None:
+        """Everything about one service, or None if it has no spec."""
+        spec = self._services.get(service)
+        if spec is None:
+            return None
+        entries = sorted(
+            self._tasks.get(service, {}).items(), key=lambda item: (item[1].created, item[0])
+        )
+        return ServiceView(
+            spec=spec,
+            tasks=tuple(_task(entry) for _, entry in entries),
+            vips=self._vip_addresses(service),
+            ingress=tuple(sorted(self._ports.get(service, ()), key=_port_order)),
+            unhealthy=frozenset(self._unhealthy.get(service, ())),
+            host_ports=self.claims.granted(service),
+        )
+
+    def _vip_addresses(self, service: str) -> tuple[str, ...]:
+        """The allocated addresses that really lie in the VIP range, whatever etcd says."""
+        allocated, cluster = self._vips.get(service), self.cluster
+        if not allocated or cluster is None:
+            return ()
+        return tuple(
+            vip
+            for vip in allocated[min(allocated)].addresses
+            if address.contains(cluster.vips(address.family_of(vip)), vip)
+        )
+
+    def node_view(self) -> NodeView | None:
+        """This node, or None while it has no number."""
+        network = self.network(self.node)
+        if network is None:
+            return None
+        return NodeView(self.node, network, frozenset(self._alive | {self.node}))
+
+    def network(self, node: str) -> NodeNetwork | None:
+        """The addresses of a node, or None while it has no number in the cluster."""
+        cluster, numbers = self.cluster, self._numbers.get(node)
+        if cluster is None or not numbers or min(numbers) not in range(1, cluster.capacity + 1):
+            return None
+        number = min(numbers)
+        if number not in self._networks:
+            self._networks[number] = cluster.network(number)
+        return self._networks[number]
+
+    def peers(self) -> dict[str, PeerNode]:
+        """Every node with an identity and a number, this one included."""
+        networks = ((name, node, self.network(name)) for name, node in self._nodes.items())
+        return {name: PeerNode(node, net) for name, node, net in networks if net is not None}
+
+
+_NOTHING = Touched(frozenset(), nodes=False)
+_DEPTHS = {
+    "cluster": (1,),
+    "nodes": (2,),
+    "alive": (2,),
+    "services": (2,),
+    "tasks": (3,),
+    "health": (3,),
+    "allocations": (3, 4),
+}
+
+
+def _parse_allocation(key: str, value: bytes) -> object:
+    pool = key.rpartition("/allocations/")[2].split("/")
+    match pool:
+        case ["nodes", _]:
+            schema.parse_index(key)
+            return schema.decode(key, value, NodeAllocation)
+        case ["vips", _]:
+            schema.parse_index(key)
+            return schema.decode(key, value, VipAllocation)
+        case ["ports", "tcp" | "udp", _]:
+            if schema.parse_index(key) not in PORTS:
+                raise InvalidRecord(key, "the key does not end in a port (1-65535)")
+            return schema.decode(key, value, PortAllocation)
+    return None
+
+
+def _task(entry: Entry) -> Task:
+    return entry.record  # type: ignore[return-value]
+
+
+def _port_order(port: IngressPort) -> tuple[str, int, int]:
+    return port.protocol.value, port.published, port.target
+
+
+def _hold(owned: dict[str, dict[K, V]], owner: str, key: K, value: V | None) -> None:
+    """Set or drop one thing of an owner; an owner of nothing is not kept."""
+    if value is not None:
+        owned.setdefault(owner, {})[key] = value
+        return
+    things = owned.get(owner, {})
+    things.pop(key, None)
+    if not things:
+        owned.pop(owner, None)

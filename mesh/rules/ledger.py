@@ -1,0 +1,110 @@
+"""Who wants which element, and what that comes to in the kernel.  Pure, mutable.
+
+Owners (services, the set of nodes) may want the same element.  Where its value is the same for all
+that is one element; where it is not, the first owner by name has it, whatever the order of events,
+and the others are told.  An element goes when its last owner drops it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mesh.delta import Delta
+from mesh.rules import elements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mesh.rules.elements import ElementKey, Elements
+
+_CONTESTABLE: Final = elements.FRONTENDS | {s.name for s in elements.SETS.values() if s.shared}
+"""Sets whose keys come from records; the keys of all others contain an id that is unique."""
+
+
+class Ledger:
+    """What every owner wants, and the elements that follow."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[str, Elements] = {}
+        self._claims: dict[ElementKey, str | list[str]] = {}
+
+    def stage(self, wanted: Mapping[str, Elements]) -> Delta[ElementKey, bytes]:
+        """Replace what these owners want; the change to the kernel that follows from it."""
+        total: Delta[ElementKey, bytes] = Delta({}, {})
+        before: dict[ElementKey, bytes | None] = {}
+        for owner, new in wanted.items():
+            change = Delta.between(self._wanted.get(owner, {}), new)
+            for key, value in change.remove.items():
+                if key[0] in _CONTESTABLE:
+                    before.setdefault(key, self._effective(key))
+                else:
+                    total.remove[key] = value
+            for key, value in change.add.items():
+                if key[0] in _CONTESTABLE:
+                    before.setdefault(key, self._effective(key))
+                else:
+                    total.add[key] = value
+        for owner, new in wanted.items():
+            self._replace(owner, new)
+        for key, old in before.items():
+            now = self._effective(key)
+            if now != old:
+                if old is not None:
+                    total.remove[key] = old
+                if now is not None:
+                    total.add[key] = now
+        return total
+
+    def elements(self) -> Elements:
+        """Everything the kernel should hold."""
+        found: Elements = {}
+        for owner in self._wanted:
+            found |= self.held_by(owner)
+        return found
+
+    def held_by(self, owner: str) -> Elements:
+        """What of an owner's wishes is its own to have."""
+        return {
+            key: value
+            for key, value in self._wanted.get(owner, {}).items()
+            if key[0] not in _CONTESTABLE or self._effective(key) == value
+        }
+
+    def refused(self) -> Iterable[tuple[str, ElementKey, str]]:
+        """Every (owner, element, the owner who has it) of different values wanted at once."""
+        for key, claim in self._claims.items():
+            if isinstance(claim, list):
+                winner = min(claim)
+                for owner in claim:
+                    if self._wanted[owner][key] != self._wanted[winner][key]:
+                        yield owner, key, winner
+
+    def _effective(self, key: ElementKey) -> bytes | None:
+        claim = self._claims.get(key)
+        if claim is None:
+            return None
+        return self._wanted[claim if isinstance(claim, str) else min(claim)][key]
+
+    def _replace(self, owner: str, new: Elements) -> None:
+        old = self._wanted.pop(owner, {})
+        for key in old:
+            if key not in new and key[0] in _CONTESTABLE:
+                self._drop(key, owner)
+        for key in new:
+            if key not in old and key[0] in _CONTESTABLE:
+                self._claim(key, owner)
+        if new:
+            self._wanted[owner] = new
+
+    def _claim(self, key: ElementKey, owner: str) -> None:
+        claim = self._claims.get(key)
+        if claim is None:
+            self._claims[key] = owner
+        else:
+            self._claims[key] = [*([claim] if isinstance(claim, str) else claim), owner]
+
+    def _drop(self, key: ElementKey, owner: str) -> None:
+        claim = self._claims.pop(key)
+        if isinstance(claim, list):
+            rest = [other for other in claim if other != owner]
+            self._claims[key] = rest if len(rest) > 1 else rest[0]
