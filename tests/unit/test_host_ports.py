@@ -1,0 +1,264 @@
+"""Host ports: who gets one, and where it leads."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.hostports import claims, plan
+from mesh.hostports.claims import Claims
+from mesh.model.cluster import Cluster
+from mesh.model.publish import Protocol, PublishedPort, PublishMode
+from mesh.model.service import ServiceSpec
+from mesh.model.task import Task, TaskState
+from mesh.model.view import HostClaim, IngressPort, NodeView, ServiceView
+from mesh.rules.forwarding import Backend, Frontend, Scope
+
+TCP, UDP = Protocol.TCP, Protocol.UDP
+CLUSTER = Cluster(id="c", prefix6="fd00:1::/48")
+N1 = NodeView(name="n1", network=CLUSTER.network(1), live=frozenset({"n1"}))
+
+
+def claim(service: str, revision: int, address: str | None = None, port: int = 80) -> HostClaim:
+    return HostClaim(service, f"{service}-1", TCP, port, 8080, address, revision)
+
+
+def granted(held: Claims, *services: str) -> set[HostClaim]:
+    return {one for service in services for one in held.granted(service)}
+
+
+def test_the_older_task_keeps_the_port_whichever_is_heard_of_first() -> None:
+    held = Claims()
+    old, new = claim("old", 5), claim("new", 6)
+
+    first = held.update("new", (new,))
+    second = held.update("old", (old,))
+
+    assert first == {"new"}
+    assert second == {"new", "old"}
+    assert granted(held, "old", "new") == {old}
+    assert held.refused("new") == ((new, old),)
+
+
+def test_a_freed_port_goes_to_the_next_in_line() -> None:
+    held = Claims()
+    held.update("a", (claim("a", 1),))
+    held.update("b", (claim("b", 2),))
+    held.update("c", (claim("c", 3),))
+
+    changed = held.update("a", ())
+
+    assert changed == {"a", "b"}
+    assert granted(held, "a", "b", "c") == {claim("b", 2)}
+    assert held.refused("c") == ((claim("c", 3), claim("b", 2)),)
+
+
+def test_different_host_addresses_do_not_conflict() -> None:
+    held = Claims()
+
+    held.update("a", (claim("a", 1, "192.0.2.1"),))
+    held.update("b", (claim("b", 2, "192.0.2.2"),))
+    held.update("c", (claim("c", 3, None),))
+
+    assert granted(held, "a", "b", "c") == {claim("a", 1, "192.0.2.1"), claim("b", 2, "192.0.2.2")}
+
+
+def test_protocols_do_not_conflict() -> None:
+    held = Claims()
+    udp = HostClaim("b", "b-1", UDP, 80, 8080, None, 2)
+
+    held.update("a", (claim("a", 1),))
+    held.update("b", (udp,))
+
+    assert held.granted("b") == {udp}
+
+
+def test_a_replica_that_wants_its_sibling_s_port_is_refused() -> None:
+    held = Claims()
+    one = HostClaim("a", "a-1", TCP, 80, 8080, None, 1)
+    two = HostClaim("a", "a-2", TCP, 80, 8080, None, 2)
+
+    changed = held.update("a", (two, one))
+
+    assert changed == {"a"}
+    assert held.granted("a") == {one}
+    assert held.refused("a") == ((two, one),)
+
+
+def test_an_unchanged_update_changes_nothing() -> None:
+    held = Claims()
+    held.update("a", (claim("a", 1),))
+
+    assert held.update("a", (claim("a", 1),)) == frozenset()
+
+
+def test_a_changed_target_is_a_change_for_its_own_service_only() -> None:
+    held = Claims()
+    held.update("a", (claim("a", 1),))
+    held.update("b", (claim("b", 2),))
+
+    assert held.update("a", (claim("a", 1)._replace(target=9090),)) == {"a"}
+
+
+def test_an_ingress_port_belongs_to_no_task() -> None:
+    held = Claims()
+    held.update("a", (claim("a", 1),))
+
+    taken = held.reserve("web", (IngressPort(TCP, 80, 8080),))
+    owner = held.refused("a")[0][1]
+    freed = held.reserve("web", ())
+
+    assert "a" in taken
+    assert (owner.service, owner.task) == ("web", "")
+    assert "a" in freed
+    assert held.granted("a") == {claim("a", 1)}
+
+
+def test_a_draining_task_hands_its_port_to_its_replacement() -> None:
+    spec = ServiceSpec(name="a", ports=(PublishedPort(target=8080, published=80),))
+    old = Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5",))
+    new = Task(service="a", id="a-2", node="n1", addresses=("10.0.1.6",))
+    drained = Task(
+        service="a", id="a-1", node="n1", addresses=("10.0.1.5",), state=TaskState.DRAINING
+    )
+    held = Claims()
+
+    held.update("a", claims.wanted(spec, ((old, 1), (new, 2))))
+    before = {one.task for one in held.granted("a")}
+    held.update("a", claims.wanted(spec, ((drained, 1), (new, 2))))
+    after = {one.task for one in held.granted("a")}
+
+    assert (before, after) == ({"a-1"}, {"a-2"})
+
+
+def test_only_numbered_host_mode_ports_are_claimed() -> None:
+    spec = ServiceSpec(
+        name="a",
+        ports=(
+            PublishedPort(target=1, published=80),
+            PublishedPort(target=2),
+            PublishedPort(target=3, published=81, mode=PublishMode.INGRESS),
+        ),
+    )
+    task = Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5",))
+
+    assert [one.target for one in claims.wanted(spec, ((task, 1),))] == [1]
+
+
+_SERVICES = ("a", "b", "c")
+_CLAIMS = st.builds(
+    lambda service, revision, port, address: claim(service, revision, address, port),
+    st.sampled_from(_SERVICES),
+    st.integers(1, 6),
+    st.integers(80, 82),
+    st.sampled_from((None, "192.0.2.1", "192.0.2.2")),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(_SERVICES), st.frozensets(_CLAIMS)), max_size=12))
+def test_the_outcome_does_not_depend_on_the_history(
+    updates: list[tuple[str, frozenset[HostClaim]]],
+) -> None:
+    held, fresh = Claims(), Claims()
+    final: dict[str, frozenset[HostClaim]] = {}
+    for service, wanted in updates:
+        before = {name: held.granted(name) for name in _SERVICES}
+        final[service] = frozenset(one._replace(service=service) for one in wanted)
+
+        changed = held.update(service, final[service])
+
+        assert {n for n in _SERVICES if held.granted(n) != before[n]} <= changed
+    for service in reversed(final):
+        fresh.update(service, final[service])
+
+    for service in _SERVICES:
+        assert held.granted(service) == fresh.granted(service)
+        assert held.refused(service) == fresh.refused(service)
+    _no_two_answer_together([one for s in _SERVICES for one in held.granted(s)])
+
+
+def _no_two_answer_together(holders: list[HostClaim]) -> None:
+    for one in holders:
+        for other in holders:
+            if one != other and one.published == other.published:
+                assert one.address is not None
+                assert other.address is not None
+                assert one.address != other.address
+
+
+SPEC = ServiceSpec(name="a", ports=(PublishedPort(target=8080, published=80),))
+TASK = Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5", "fd00::5"))
+
+
+def view(*granted: HostClaim, task: Task = TASK, sick: bool = False) -> ServiceView:
+    return ServiceView(
+        SPEC,
+        tasks=(task,),
+        unhealthy=frozenset({"a-1"} if sick else ()),
+        host_ports=frozenset(granted),
+    )
+
+
+def test_a_granted_port_leads_to_its_task_on_every_address_of_the_node() -> None:
+    (forwarding,) = plan.plan(view(claim("a", 1)), N1)
+
+    assert (Frontend(Scope.NODE, None, TCP, 80),) == forwarding.frontends
+    assert (Backend("10.0.1.5", 8080), Backend("fd00::5", 8080)) == forwarding.backends
+
+
+def test_a_port_with_a_host_address_answers_there_only() -> None:
+    (forwarding,) = plan.plan(view(claim("a", 1, "192.0.2.1")), N1)
+
+    assert (Frontend(Scope.HOST_IP, "192.0.2.1", TCP, 80),) == forwarding.frontends
+
+
+def test_ports_of_one_task_and_target_share_a_pool() -> None:
+    (forwarding,) = plan.plan(view(claim("a", 1, port=80), claim("a", 1, port=81)), N1)
+
+    assert [frontend.port for frontend in forwarding.frontends] == [80, 81]
+
+
+def test_tasks_have_pools_of_their_own() -> None:
+    other = Task(service="a", id="a-2", node="n1", addresses=("10.0.1.6",))
+    service = ServiceView(
+        SPEC,
+        tasks=(TASK, other),
+        host_ports=frozenset({claim("a", 1), claim("a", 2, port=81)._replace(task="a-2")}),
+    )
+
+    first, second = plan.plan(service, N1)
+
+    assert first.key != second.key
+    assert second.backends == (Backend("10.0.1.6", 8080),)
+
+
+@pytest.mark.parametrize(
+    ("task", "sick"),
+    [
+        (
+            Task(
+                service="a",
+                id="a-1",
+                node="n1",
+                addresses=("10.0.1.5",),
+                state=TaskState.DRAINING,
+            ),
+            False,
+        ),
+        (Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5",), weight=0), False),
+        (TASK, True),
+    ],
+    ids=["draining", "without weight", "unhealthy"],
+)
+def test_the_port_refuses_while_its_task_is(task: Task, sick: bool) -> None:
+    (forwarding,) = plan.plan(view(claim("a", 1), task=task, sick=sick), N1)
+
+    assert len(forwarding.frontends) == 1
+    assert forwarding.backends == ()
+
+
+def test_a_claim_of_a_task_that_is_gone_opens_nothing() -> None:
+    service = ServiceView(SPEC, host_ports=frozenset({claim("a", 1)}))
+
+    assert plan.plan(service, N1) == ()
