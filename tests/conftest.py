@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
+
 _MARK = "MESH_TEST_NAMESPACES"
 _SETUP = (
     "mount --make-rprivate / && mount -t tmpfs tmpfs /run && mkdir -p /run/lock /run/netns && "
@@ -17,11 +19,15 @@ _SETUP = (
 )
 
 
-def _isolate() -> None:
-    if os.environ.get(_MARK) == "1":
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get(_MARK) == "1" or config.option.collectonly:
         return
-    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     os.environ[_MARK] = "1"
+    capture = config.pluginmanager.getplugin("capturemanager")
+    assert capture is not None
+    capture.stop_global_capturing()  # else what runs next would print into the capture file
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     os.execvp(
         "unshare",
         [
@@ -29,6 +35,3 @@ def _isolate() -> None:
             "sh", "-c", _SETUP, "sh", *sys.orig_argv,
         ],
     )  # fmt: skip
-
-
-_isolate()

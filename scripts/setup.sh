@@ -1,0 +1,51 @@
+# Sourced by scripts/demo and scripts/test: installs what is missing, once.
+# Debian packages through apt (as root or with sudo), Python packages into .venv of the checkout.
+
+packages=(
+  etcd:etcd-server nft:nftables iptables:iptables wg:wireguard-tools wireguard-go:wireguard-go
+  ip:iproute2 conntrack:conntrack ipset:ipset unshare:util-linux ping:iputils-ping openssl:openssl
+)
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "$(basename "$0"): $*"; exit 1; }
+
+install_packages() {
+  local missing=() entry
+  PATH="$PATH:/usr/sbin:/sbin"
+  for entry in "${packages[@]}"; do
+    command -v "${entry%%:*}" >/dev/null || missing+=("${entry##*:}")
+  done
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing+=(python3)
+  python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  [ ${#missing[@]} -eq 0 ] && return
+  command -v apt-get >/dev/null ||
+    fail "missing: ${missing[*]}; install them (this is not Debian or Ubuntu: no apt-get)"
+  local root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || fail "missing: ${missing[*]}; run as root once to install them"
+    root=(sudo)
+  fi
+  say "installing Debian packages: ${missing[*]}"
+  local log
+  log=$(mktemp)
+  if ! { "${root[@]}" apt-get update -q &&
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+      apt-get install -q -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    rm -f "$log"
+    fail "apt-get could not install ${missing[*]}"
+  fi
+  rm -f "$log"
+}
+
+install_python() { # $1: what of the project to install, e.g. ".[dev]"
+  local stamp wanted
+  wanted="$1 $(python3 -V) $(sha256sum <pyproject.toml) $PWD"
+  stamp=.venv/installed
+  [ -f "$stamp" ] && grep -qxF -- "$wanted" "$stamp" && return
+  say "installing Python packages into .venv"
+  [ -x .venv/bin/python ] && .venv/bin/python -c 'import pip' 2>/dev/null || python3 -m venv .venv
+  .venv/bin/python -m pip install -q --disable-pip-version-check -e "$1" ||
+    fail "pip could not install $1"
+  printf '%s\n' "$wanted" >>"$stamp"
+}
