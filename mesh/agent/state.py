@@ -13,9 +13,9 @@ from mesh.hostports import claims
 from mesh.model import address
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
-from mesh.model.publish import PORTS, Protocol, PublishMode
+from mesh.model.publish import PORTS, Protocol
 from mesh.model.report import Health, Problem
-from mesh.model.view import HostClaim, IngressPort, NodeView, PeerNode, ServiceView
+from mesh.model.view import IngressPort, NodeView, PeerNode, ServiceView
 from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
@@ -208,27 +208,17 @@ class State:
         return Touched(frozenset(self.services()), nodes=True)
 
     def _claim(self, service: str) -> frozenset[str]:
-        """Put in this node's claims on host ports; which services' claims that changed."""
+        """Put in a service's claims on this node's ports; whose granted ports that changes."""
         spec = self._services.get(service)
-        wanted = []
-        if spec is not None:
-            ports = [p for p in spec.ports if p.mode is PublishMode.HOST and p.published]
-            for entry in self._tasks.get(service, {}).values() if ports else ():
-                task = _task(entry)
-                if task.node == self.node:
-                    wanted += [
-                        HostClaim(
-                            service=service,
-                            task=task.id,
-                            protocol=port.protocol,
-                            published=port.published or 0,
-                            target=port.target,
-                            address=port.host_ip,
-                            revision=entry.created,
-                        )
-                        for port in ports
-                    ]
-        return self.claims.update(service, tuple(wanted))
+        here = [
+            (_task(entry), entry.created)
+            for entry in self._tasks.get(service, {}).values()
+            if _task(entry).node == self.node
+        ]
+        ingress = self._ports.get(service, ())
+        return self.claims.reserve(service, ingress) | self.claims.update(
+            service, claims.wanted(spec, here) if spec is not None else ()
+        )
 
     # ---- views
 
