@@ -76,10 +76,16 @@ def unpacked(data: bytes) -> str:
     return str(ipaddress.ip_address(data))
 
 
-def is_usable_host(address: str) -> bool:
-    """Whether `address` may name one host: not unspecified, multicast or loopback."""
-    value = ipaddress.ip_address(address)
-    return not (value.is_unspecified or value.is_multicast or value.is_loopback)
+@lru_cache(maxsize=16384)
+def check_host(text: str) -> None:
+    """Raise ValueError unless `text` is canonical and may name one host: not unspecified,
+    multicast or loopback.
+    """
+    value = ipaddress.ip_address(parse_address(text))
+    if str(value) != text:
+        raise ValueError(f"address {text!r}: write {str(value)!r}")
+    if value.is_unspecified or value.is_multicast or value.is_loopback:
+        raise ValueError(f"address {text} cannot be a host's")
 
 
 @lru_cache(maxsize=16384)

@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-from mesh.model.address import is_usable_host, parse_address
+from mesh.model.address import check_host
 from mesh.model.names import check_name
 
 
@@ -35,9 +35,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unk
         if not self.addresses:
             raise ValueError("a task needs at least one address")
         for address in self.addresses:
-            if parse_address(address) != address:
-                raise ValueError(f"address {address!r}: write {parse_address(address)!r}")
-            if not is_usable_host(address):
-                raise ValueError(f"address {address} cannot be a task's")
+            check_host(address)
         if not 0 <= self.weight <= 255:
             raise ValueError(f"weight {self.weight} is not in 0-255")

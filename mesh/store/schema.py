@@ -7,7 +7,7 @@ InvalidRecord with the field, what was found and what is allowed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -101,12 +101,18 @@ class Keys:
         return f"{self.prefix}/status/leader"
 
 
+_DECODERS: Final[dict[type, Any]] = {}
+"""One decoder per kind of record: building one costs more than using it."""
+
+
 def decode(key: str, value: bytes, kind: type[T]) -> T:
     """The record in `value`.  Raises InvalidRecord naming the field."""
     try:
-        return msgspec.json.decode(value, type=kind)
+        decoder = _DECODERS.get(kind) or _DECODERS.setdefault(kind, msgspec.json.Decoder(kind))
+        record: T = decoder.decode(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRecord(key, str(error)) from None
+    return record
 
 
 def encode(record: msgspec.Struct) -> bytes:
