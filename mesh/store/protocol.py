@@ -7,10 +7,13 @@ says `Compacted`.  Implementations raise StoreUnavailable when no endpoint answe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
+
+MAX_OPERATIONS: Final = 128
+"""The most operations of one transaction: etcd's default `--max-txn-ops`."""
 
 
 class KeyValue(NamedTuple):
@@ -42,7 +45,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Events in order; `revision` is the last one's."""
+    """Events in order; `revision` is the last one's, or the store's when there are none."""
 
     changes: tuple[Change, ...]
     revision: int
@@ -77,10 +80,10 @@ class TransactionResult(NamedTuple):
 
 
 class Compacted(Exception):
-    """The revision asked for is no longer kept; list again."""
+    """The `revision` asked for is not kept: compacted, or newer than the store.  List again."""
 
     def __init__(self, revision: int) -> None:
-        super().__init__(f"revisions before {revision} are compacted")
+        super().__init__(f"revision {revision} is not kept by the store")
         self.revision = revision
 
 
@@ -95,12 +98,15 @@ class LeaseLost(Exception):
 class Store(Protocol):
     """An open connection to a store."""
 
-    async def get(self, key: str) -> KeyValue | None:
-        """The key now (linearizable), or None."""
+    async def get(self, key: str, revision: int = 0) -> KeyValue | None:
+        """The key now (linearizable), or as it stood at `revision`; None if there is none.
+
+        Raises Compacted for a revision that is not kept.
+        """
         ...
 
     async def list(self, *prefixes: str) -> Snapshot:
-        """Every key under the prefixes, all at the same revision."""
+        """Every key under the prefixes (at least one, none inside another), at one revision."""
         ...
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
@@ -114,19 +120,24 @@ class Store(Protocol):
     async def transact(
         self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
     ) -> TransactionResult:
-        """Do all `operations` at one revision if every condition holds, else nothing."""
+        """Do all `operations` at one revision if every condition holds, else nothing.
+
+        At most MAX_OPERATIONS, on different keys (ValueError).  Raises LeaseLost for an unknown
+        lease, and StoreUnavailable when the outcome is unknown: read before trying again.
+        """
         ...
 
-    def watch(self, prefixes: Sequence[str], revision: int) -> AsyncIterator[Changes]:
-        """Events under the prefixes after `revision`, in order per prefix, without gaps.
+    def watch(self, since: Mapping[str, int]) -> AsyncGenerator[Changes, None]:
+        """Events under each prefix after its revision, in order per prefix, without gaps.
 
-        An empty `Changes` is yielded once when the watch is established.  Ends only by raising
-        Compacted or WatchLost, or when closed.
+        The events of one transaction under one prefix come in one `Changes`.  An empty `Changes`
+        is yielded once, when all prefixes are watched.  Ends only by raising Compacted or
+        WatchLost, or when closed.
         """
         ...
 
     async def grant(self, ttl: int) -> int:
-        """A new lease of `ttl` seconds."""
+        """A new lease of at least `ttl` seconds."""
         ...
 
     async def keep_alive(self, lease: int) -> int:
@@ -140,3 +151,11 @@ class Store(Protocol):
     async def close(self) -> None:
         """Release the connection; idempotent."""
         ...
+
+
+def check_operations(operations: Sequence[Put | Delete]) -> None:
+    """Raises ValueError for a transaction that etcd would refuse."""
+    if len(operations) > MAX_OPERATIONS:
+        raise ValueError(f"{len(operations)} operations; a transaction takes {MAX_OPERATIONS}")
+    if len({operation.key for operation in operations}) != len(operations):
+        raise ValueError("a transaction names a key twice")
