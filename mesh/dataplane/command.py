@@ -1,0 +1,115 @@
+"""Runs a program and returns what it printed; the one place that starts short-lived processes.
+
+Never a shell, never secrets in arguments: input goes through descriptor 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from mesh.errors import CommandFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PACKAGES: Final = {
+    "bridge": "iproute2",
+    "ip": "iproute2",
+    "ip6tables": "iptables",
+    "modprobe": "kmod",
+    "nft": "nftables",
+    "sysctl": "procps",
+    "wg": "wireguard-tools",
+}
+"""The Debian package of a program, by the first word of its name, where the two differ."""
+
+_CONTEXT: Final = 2
+_LINE: Final = re.compile(r"(?:/dev/stdin:|line )(\d+)")
+
+
+async def run(
+    *argv: str, input: str | None = None, timeout: float = 30.0, as_file: bool = False
+) -> str:
+    """Run `argv` and return its standard output.  Raises CommandFailed.
+
+    `input` goes to standard input; `as_file` makes that a file in memory, for programs that open
+    /dev/stdin by name, which a pipe on uvloop (a socket) cannot serve.  `timeout` is in seconds.
+    The failing line of `input`, where the program names one, is attached to the error as a note.
+    """
+    with _stdin(input if as_file else None) as file:
+        stdin = file if as_file else asyncio.subprocess.PIPE
+        if input is None:
+            stdin = asyncio.subprocess.DEVNULL
+        output, errors, status = await _communicate(
+            argv, stdin, None if as_file or input is None else input.encode(), timeout
+        )
+    if status:
+        raise _failure(argv, status, errors or output, input)
+    return output
+
+
+async def _communicate(
+    argv: tuple[str, ...], stdin: int, data: bytes | None, timeout: float
+) -> tuple[str, str, int]:
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(*argv, stdin=stdin, stdout=pipe, stderr=pipe)
+    except FileNotFoundError:
+        raise CommandFailed(
+            f"{argv[0]} is not installed: apt install {_package(argv[0])}"
+        ) from None
+    except OSError as error:
+        raise CommandFailed(f"{argv[0]} cannot be started: {error.strerror}") from None
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(data), timeout)
+    except TimeoutError:
+        raise CommandFailed(f"{' '.join(argv)}: no end after {timeout:g} s, stopped") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return output.decode(errors="replace"), errors.decode(errors="replace"), process.returncode or 0
+
+
+def _package(program: str) -> str:
+    if program == "wireguard-go":
+        return program
+    word = program.partition("-")[0]
+    return _PACKAGES.get(word, word)
+
+
+@contextmanager
+def _stdin(text: str | None) -> Iterator[int]:
+    """A nameless file with `text` in it, positioned at its start."""
+    if text is None:
+        yield -1
+        return
+    descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "w", closefd=False) as file:
+            file.write(text)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _failure(argv: tuple[str, ...], status: int, said: str, text: str | None) -> CommandFailed:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    reason = "; ".join(lines[:2]) if lines else f"exit status {status}, no message"
+    error = CommandFailed(f"{' '.join(argv)}: {reason}")
+    if text is not None and (match := _LINE.search(said)):
+        error.add_note(_excerpt(text, int(match[1])))
+    return error
+
+
+def _excerpt(text: str, number: int) -> str:
+    """The line `number` of `text`, marked, with its neighbours."""
+    lines = text.splitlines()
+    first = max(0, number - 1 - _CONTEXT)
+    shown = enumerate(lines[first : number + _CONTEXT], first + 1)
+    return "\n".join(f"{'>' if index == number else ' '} {index:4} {line}" for index, line in shown)
