@@ -1,0 +1,184 @@
+"""What etcd's events do to a node's picture of the cluster, and which services they touch."""
+
+from __future__ import annotations
+
+import pytest
+
+from mesh.agent.state import State
+from tests.support import records
+from tests.support.records import KEYS
+
+WEB = {"target": 80, "published": 8080, "mode": "ingress"}
+DB = {"target": 5432, "published": 5432, "mode": "host"}
+
+
+def _state(*parts: dict[str, records.Record]) -> State:
+    state = State(KEYS, "n1")
+    everything = records.cluster()
+    for part in parts:
+        everything |= part
+    state.apply(records.snapshot(everything))
+    return state
+
+
+def test_a_service_is_seen_with_what_is_allocated_to_it_and_its_tasks() -> None:
+    state = _state(
+        records.service("web", WEB),
+        records.vip("web", 1),
+        records.ingress("web", 8080, 80),
+        records.task("web", "a", 1, 2),
+        records.task("web", "b", 2, 2),
+    )
+
+    view = state.service_view("web")
+
+    assert view is not None
+    assert view.vips == ("10.1.0.1", "fd12:3456:789a:f000::1")
+    assert [(p.published, p.target) for p in view.ingress] == [(8080, 80)]
+    assert [task.id for task in view.tasks] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("event", "services", "nodes"),
+    [
+        (records.put(KEYS.service("web"), {"name": "web"}, 5), {"web"}, False),
+        (records.delete(KEYS.service("web"), 5), {"web"}, False),
+        (records.delete(KEYS.task("web", "b"), 5), {"web"}, False),
+        (records.delete(KEYS.alive("n2"), 5), {"web"}, True),
+        (records.delete(KEYS.alive("n3"), 5), set(), True),
+        (records.delete(KEYS.node("n2"), 5), set(), True),
+        (records.delete(KEYS.vip_allocation(1), 5), {"web"}, False),
+        (records.put("/mesh/unknown/thing", {}, 5), set(), False),
+    ],
+)
+def test_an_event_touches_what_it_concerns_and_nothing_else(
+    event: object, services: set[str], nodes: bool
+) -> None:
+    state = _state(
+        records.service("web", WEB),
+        records.service("db", DB),
+        records.vip("web", 1),
+        records.task("web", "b", 2, 2),
+        records.task("db", "d", 1, 3),
+    )
+
+    touched = state.apply(event)  # type: ignore[arg-type]
+
+    assert touched.services == services
+    assert touched.nodes is nodes
+
+
+def test_the_same_record_again_touches_nothing() -> None:
+    state = _state(records.service("web", WEB))
+    again = records.put(KEYS.service("web"), records.service("web", WEB)[KEYS.service("web")], 1)
+
+    assert state.apply(again).services == frozenset()
+
+
+def test_a_record_that_cannot_be_read_is_reported_and_its_last_good_version_stays() -> None:
+    state = _state(records.service("web", WEB))
+
+    touched = state.apply(records.put(KEYS.service("web"), b'{"name": "web", "ports": 7}', 5))
+
+    view = state.service_view("web")
+    assert touched.services == frozenset()
+    assert view is not None
+    assert view.spec.ports[0].published == 8080
+    assert "Expected `array`" in state.invalid[KEYS.service("web")].message
+    state.apply(records.put(KEYS.service("web"), {"name": "web"}, 6))
+    assert state.invalid == {}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "/mesh/tasks/web/x/y",
+        "/mesh/services/web/extra",
+        "/mesh/allocations/nodes/zero",
+        "/mesh/allocations/ports/tcp/70000",
+        "/mesh/allocations/ports/sctp/80",
+        "/mesh/allocations/vips/-1",
+        "/mesh/health/n1",
+        "/mesh/",
+        "/mesh/services/",
+    ],
+)
+def test_a_key_of_the_wrong_shape_changes_nothing(key: str) -> None:
+    state = _state(records.service("web", WEB))
+
+    touched = state.apply(records.put(key, {"service": "web", "target": 80, "node": "n1"}, 5))
+
+    assert touched.services == frozenset()
+    assert state.services() == {"web"}
+
+
+def test_a_snapshot_replaces_what_was_known() -> None:
+    state = _state(records.service("web", WEB), records.service("db", DB), records.vip("web", 1))
+
+    touched = state.apply(records.snapshot(records.cluster() | records.service("db", DB), 9))
+
+    assert touched.services == {"web", "db"}  # db's creation revision moved, web is gone
+    assert state.services() == {"db"}
+    assert state.service_view("web") is None
+
+
+def test_a_vip_outside_the_clusters_range_is_not_believed() -> None:
+    hostile = {KEYS.vip_allocation(1): {"service": "web", "addresses": ["192.0.2.1", "10.1.0.9"]}}
+
+    state = _state(records.service("web", WEB), hostile)
+
+    view = state.service_view("web")
+    assert view is not None
+    assert view.vips == ("10.1.0.9",)
+
+
+def test_a_node_is_live_while_its_key_is_and_this_node_always() -> None:
+    state = _state()
+
+    state.apply(records.delete(KEYS.alive("n1"), 5))
+    state.apply(records.delete(KEYS.alive("n2"), 6))
+
+    node = state.node_view()
+    assert node is not None
+    assert node.live == {"n1", "n3"}
+
+
+def test_an_unhealthy_task_is_named_until_it_recovers() -> None:
+    state = _state(records.service("web", WEB), records.task("web", "a", 1, 2))
+    key = KEYS.health("n1", "a")
+
+    state.apply(records.put(key, {"service": "web", "healthy": False}, 5))
+    failing = state.service_view("web")
+    state.apply(records.put(key, {"service": "web", "healthy": True}, 6))
+    recovered = state.service_view("web")
+
+    assert failing is not None
+    assert failing.unhealthy == {"a"}
+    assert recovered is not None
+    assert recovered.unhealthy == frozenset()
+
+
+def test_a_task_that_moves_to_another_node_follows_that_nodes_life() -> None:
+    state = _state(records.service("web", WEB), records.task("web", "a", 2, 2))
+    moved = records.task("web", "a", 3, 2)[KEYS.task("web", "a")]
+
+    state.apply(records.put(KEYS.task("web", "a"), moved, 5, created=1))
+
+    assert state.apply(records.delete(KEYS.alive("n2"), 6)).services == frozenset()
+    assert state.apply(records.delete(KEYS.alive("n3"), 7)).services == {"web"}
+
+
+def test_a_host_port_is_granted_to_the_oldest_task_and_passed_on() -> None:
+    state = _state(records.service("db", DB), records.service("db2", DB))
+    first = records.task("db2", "y", 1, 4)[KEYS.task("db2", "y")]
+    second = records.task("db", "x", 1, 3)[KEYS.task("db", "x")]
+
+    state.apply(records.put(KEYS.task("db2", "y"), first, 5))
+    state.apply(records.put(KEYS.task("db", "x"), second, 6))
+    before = [view.host_ports for name in ("db", "db2") if (view := state.service_view(name))]
+    touched = state.apply(records.delete(KEYS.task("db2", "y"), 7))
+    after = [view.host_ports for name in ("db", "db2") if (view := state.service_view(name))]
+
+    assert [len(ports) for ports in before] == [0, 1]
+    assert touched.services == {"db", "db2"}
+    assert [len(ports) for ports in after] == [1, 0]
