@@ -1,0 +1,29 @@
+"""Medians and percentiles, rounded as they are printed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value; the lower one of two."""
+    return percentile(values, 50)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` percent do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, min(len(ordered) - 1, round(share / 100 * len(ordered)) - 1))]
+
+
+def percentiles(values: Sequence[float], scale: float) -> dict[str, float]:
+    """p50 and p99, in seconds times `scale`."""
+    return {f"p{p}": round(percentile(values, p) * scale, 1) for p in (50, 99)}
+
+
+def milliseconds(seconds: float) -> float:
+    """Seconds as milliseconds with one decimal."""
+    return round(seconds * 1e3, 1)
