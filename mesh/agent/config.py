@@ -91,3 +91,24 @@ def load(path: Path) -> AgentConfig:
         raise BadUsage(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise BadUsage(f"{path}: {error}") from None
+
+
+def dump(config: AgentConfig) -> str:
+    """The TOML text that `load` reads back as `config`."""
+    top, sections = [], []
+    for name, value in msgspec.to_builtins(config).items():
+        if isinstance(value, dict):
+            lines = [f"{_key(key)} = {_toml(v)}" for key, v in value.items() if v is not None]
+            sections += ["", f"[{name}]", *lines]
+        elif value is not None:
+            top.append(f"{name} = {_toml(value)}")
+    return "\n".join([*top, *sections, ""])
+
+
+def _key(text: str) -> str:
+    return text if text.isascii() and text.isidentifier() else _toml(text)
+
+
+def _toml(value: object) -> str:
+    """A text, number or list of them: JSON is TOML there, but for DEL."""
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -1,0 +1,371 @@
+"""`mesh service`: publish services, change and remove them; show what became of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from mesh import errors
+from mesh.cli import options, output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mesh.cli.options import Session
+    from mesh.cli.world import World
+    from mesh.model.publish import PublishedPort
+    from mesh.model.service import ServiceSpec
+    from mesh.model.view import ServiceView
+    from mesh.store.protocol import Compare
+
+ALLOCATION_WAIT: Final = 3.0
+"""Seconds that `create` waits for the controller: an election takes less."""
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+@click.group(cls=options.Noun)
+def service() -> None:
+    """Publish services; list and inspect them."""
+
+
+_SPEC_OPTIONS = (
+    click.option(
+        "-p",
+        "--publish",
+        multiple=True,
+        metavar="HOST:CTR[/tcp|udp]",
+        help="Publish container port CTR as HOST; repeatable.",
+    ),
+    click.option(
+        "--publish-mode",
+        type=click.Choice(["host", "ingress"]),
+        help="Where it answers: on the nodes that run the service (default), or on every node.",
+    ),
+    click.option("--vip", metavar="auto|none|ADDRESS", help="The service's virtual address."),
+    click.option(
+        "--affinity",
+        type=click.Choice(["none", "client-ip"]),
+        help="Whether a client is kept on one replica.",
+    ),
+    click.option(
+        "--source",
+        type=click.Choice(["preserve", "masquerade"]),
+        help="Whose address replicas on other nodes see: the client's, or the ingress node's.",
+    ),
+    click.option(
+        "--prefer",
+        type=click.Choice(["any", "local", "local-only"]),
+        help="Which replicas a node balances over.",
+    ),
+    click.option(
+        "--allow", multiple=True, metavar="PREFIX", help="Who may connect; repeatable (all)."
+    ),
+    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable."),
+    click.option("--no-wait", is_flag=True, help="Do not wait for VIP and ports."),
+)
+
+
+def _spec_options(verb: F) -> F:
+    for option in reversed(_SPEC_OPTIONS):
+        verb = option(verb)
+    return verb
+
+
+@service.command()
+@click.argument("name")
+@_spec_options
+def create(name: str, no_wait: bool, **given: Any) -> None:
+    """Create a service, and wait up to 3 seconds for its VIP and ports.
+
+    Its replicas are added with `mesh task add` or `mesh task run`.
+    """
+    from mesh.model.service import ServiceSpec
+
+    fields = _fields(given)
+    with options.naming(f"service {name}"):
+        spec = ServiceSpec(name=name, **fields)
+    revision = options.in_store(lambda session: _write_new(session, spec))
+    _report(spec, "created", None if no_wait else revision)
+
+
+@service.command()
+@click.argument("name")
+@_spec_options
+def update(name: str, no_wait: bool, **given: Any) -> None:
+    """Change a service: what is given replaces what was, the rest stays.
+
+    One --publish replaces all published ports, one --allow all allowed prefixes.
+    """
+    fields = _fields(given)
+    spec, revision = options.in_store(lambda session: _replace(session, name, fields))
+    _report(spec, "updated", None if no_wait else revision)
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
+    from mesh.model.address import parse_address, parse_prefix
+    from mesh.model.service import Affinity, Prefer, Source
+
+    kinds: dict[str, Callable[[str], Any]] = {
+        "affinity": Affinity,
+        "source": Source,
+        "prefer": Prefer,
+    }
+    fields: dict[str, Any] = {
+        name: kind(given[name]) for name, kind in kinds.items() if given[name] is not None
+    }
+    if given["publish"]:
+        fields["ports"] = _ports(given["publish"], given["publish_mode"] or "host")
+    elif given["publish_mode"] is not None:
+        raise errors.BadUsage("--publish-mode: give the ports it is for with --publish HOST:CTR")
+    if given["vip"] is not None:
+        with options.naming("--vip"):
+            named = given["vip"] in ("auto", "none")
+            fields["vip"] = given["vip"] if named else parse_address(given["vip"])
+    if given["allow"]:
+        with options.naming("--allow"):
+            fields["allow"] = tuple(parse_prefix(text) for text in given["allow"])
+    if given["labels"]:
+        fields["labels"] = options.labels(given["labels"])
+    return fields
+
+
+def _ports(texts: tuple[str, ...], mode: str) -> tuple[PublishedPort, ...]:
+    from mesh.model.publish import PublishMode, parse_publish
+
+    with options.naming("--publish"):
+        return tuple(parse_publish(text, PublishMode(mode)) for text in texts)
+
+
+async def _write_new(session: Session, spec: ServiceSpec) -> int:
+    """Write the spec if it and its ports are free; the revision of the write."""
+    from mesh.cli import world
+    from mesh.store import schema
+    from mesh.store.protocol import Compare, Put
+
+    world.cluster(session)
+    key = session.keys.service(spec.name)
+    written = await session.store.transact(
+        (Compare(key, 0), *await _free_ports(session, spec)), (Put(key, schema.encode(spec)),)
+    )
+    if not written.succeeded:
+        await _free_ports(session, spec)
+        raise errors.Conflict(
+            f"service {spec.name!r} exists: change it with `mesh service update`, or remove it "
+            "with `mesh service rm`"
+        )
+    return written.revision
+
+
+async def _replace(session: Session, name: str, fields: dict[str, Any]) -> tuple[ServiceSpec, int]:
+    """Write the changed spec; what it is now, and the revision of the write."""
+    import msgspec
+
+    from mesh.store import schema
+    from mesh.store.protocol import Compare, Put
+
+    found = await session.store.get(session.keys.service(name))
+    if found is None:
+        raise errors.NotFound(f"no service {name!r}: `mesh service create` makes one")
+    with options.naming(f"service {name}"):
+        old = schema.parse_service(found.key, found.value)
+        spec = msgspec.structs.replace(old, **fields)
+    written = await session.store.transact(
+        (Compare(found.key, found.mod_revision), *await _free_ports(session, spec)),
+        (Put(found.key, schema.encode(spec)),),
+    )
+    if not written.succeeded:
+        raise errors.Conflict(f"service {name!r} changed meanwhile: look at it and try again")
+    return spec, written.revision
+
+
+async def _free_ports(session: Session, spec: ServiceSpec) -> list[Compare]:
+    """Conditions that say nobody else owns the spec's ingress ports.  Raises Conflict."""
+    from mesh.model.allocation import PortAllocation
+    from mesh.model.publish import PublishMode
+    from mesh.store import schema
+    from mesh.store.protocol import MAX_OPERATIONS, Compare
+
+    conditions = []
+    for port in spec.ports:
+        if port.mode is PublishMode.INGRESS and port.published is not None:
+            key = session.keys.port_allocation(port.protocol.value, port.published)
+            owner = await session.store.get(key)
+            if owner is None:
+                conditions.append(Compare(key, 0))
+                continue
+            holder = schema.decode(key, owner.value, PortAllocation).service
+            if holder != spec.name:
+                raise errors.Conflict(
+                    f"--publish: ingress port {port.published}/{port.protocol.value} belongs to "
+                    f"service {holder!r}; choose another port, or remove it there"
+                )
+    return conditions[: MAX_OPERATIONS - 1]
+
+
+def _report(spec: ServiceSpec, what: str, written: int | None) -> None:
+    """Print what the service has; if `written` at a revision, once it has what it asks for."""
+    from mesh.cli import ports, world
+
+    if written is None:
+        seen = options.in_store(world.read)
+    else:
+        seen = options.in_store(lambda session: _settled(session, spec, written))
+    view = seen.service(spec.name)
+    if options.as_json():
+        output.document(describe(seen, view))
+    else:
+        output.done(f"Service {what}: {spec.name}")
+        if spec.vip != "none":
+            output.line(f"  VIP: {', '.join(view.vips) or 'not allocated yet'}")
+        if spec.ports:
+            click.echo("  Published Ports:")
+        for item in ports.assign(view):
+            output.line(f"    {item.warren}")
+    if written is None or _has_everything(seen, spec):
+        return
+    for problem in seen.problems_of(spec.name):
+        raise errors.Conflict(f"service {spec.name!r} was {what}, but: {problem.message}")
+    output.warn(
+        f"no manager has allocated everything yet: see `mesh service inspect {spec.name}` and "
+        "`mesh status`"
+    )
+
+
+async def _settled(session: Session, spec: ServiceSpec, written: int) -> World:
+    """The world once the controller has answered, or after `ALLOCATION_WAIT` as it is then."""
+    import asyncio
+
+    from mesh.cli import world
+    from mesh.store.protocol import Compacted, WatchLost
+
+    keys = session.keys
+    seen = await world.read(session)
+    since = dict.fromkeys((keys.under("allocations"), keys.under("status")), seen.revision)
+    try:
+        with output.patience("a manager to allocate VIP and ports"):
+            async with asyncio.timeout(ALLOCATION_WAIT):
+                async for _ in session.store.watch(since):
+                    seen = await world.read(session)
+                    if _has_everything(seen, spec) or seen.problems_of(spec.name, written):
+                        break
+    except (TimeoutError, Compacted, WatchLost):
+        seen = await world.read(session)
+    return seen
+
+
+def _has_everything(seen: World, spec: ServiceSpec) -> bool:
+    from mesh.cli import ports
+
+    view = seen.service(spec.name)
+    has_ports = all(item.granted for item in ports.assign(view))
+    return has_ports and (spec.vip == "none" or bool(view.vips))
+
+
+@service.command("ls")
+def list_() -> None:
+    """List services: replicas that take new connections of all, VIPs, published ports."""
+    from mesh.cli import ports, world
+
+    seen = options.in_store(world.read)
+    views = [seen.service(name) for name in sorted(seen.state.services(), key=world.natural)]
+    if options.as_json():
+        output.document([describe(seen, view) for view in views])
+        return
+    output.table(
+        ("NAME", "REPLICAS", "VIP", "PORTS"),
+        [
+            (
+                view.spec.name,
+                seen.replicas(view),
+                ", ".join(view.vips) or "-",
+                ports.notation(ports.assign(view)) or "-",
+            )
+            for view in views
+        ],
+    )
+
+
+@service.command()
+@click.argument("name")
+def ps(name: str) -> None:
+    """List the tasks of a service."""
+    from mesh.cli import task, world
+
+    seen = options.in_store(world.read)
+    view = seen.service(name)
+    if options.as_json():
+        output.document([task.describe(seen, item) for item in view.tasks])
+    else:
+        task.print_table(seen, view.tasks)
+
+
+@service.command()
+@click.argument("name")
+def inspect(name: str) -> None:
+    """Print everything known of a service."""
+    from mesh.cli import world
+
+    seen = options.in_store(world.read)
+    found = describe(seen, seen.service(name))
+    if options.as_json():
+        output.document(found)
+    else:
+        output.fields(found)
+
+
+def describe(seen: World, view: ServiceView) -> dict[str, Any]:
+    """A service as one JSON object; `endpoint` is in the words of Swarm's API."""
+    from mesh.cli import ports, task
+
+    return {
+        "spec": view.spec,
+        "vip": list(view.vips),
+        "endpoint": ports.endpoint(view, seen.state.cluster),
+        "tasks": [task.describe(seen, item) for item in view.tasks],
+        "problems": seen.problems_of(view.spec.name),
+    }
+
+
+@service.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@click.option("--tasks", is_flag=True, help="Remove their tasks too.")
+def rm(names: tuple[str, ...], tasks: bool) -> None:
+    """Remove services: they stop answering on every node.
+
+    Their tasks belong to whoever wrote them and stay, unless --tasks is given.
+    """
+    left = options.in_store(lambda session: _remove(session, names, with_tasks=tasks))
+    if left and not tasks:
+        output.warn(
+            f"tasks without a service: {', '.join(left)}; `mesh task rm` removes them, and a new "
+            "service of the same name gets them"
+        )
+    if options.as_json():
+        output.document({"removed": list(names), "tasks": left if tasks else []})
+        return
+    for name in names:
+        output.done(f"Service removed: {name}")
+
+
+async def _remove(session: Session, names: tuple[str, ...], *, with_tasks: bool) -> list[str]:
+    """Remove all of `names` or, if one is missing, none; returns the tasks they had."""
+    from mesh.store.protocol import MAX_OPERATIONS, Delete
+
+    keys = session.keys
+    missing = [name for name in names if await session.store.get(keys.service(name)) is None]
+    if missing:
+        raise errors.NotFound(
+            f"no service {', '.join(map(repr, missing))}: nothing was removed; "
+            "`mesh service ls` lists them"
+        )
+    under = {keys.tasks_of(name) for name in names}
+    tasks = [item.key for item in (await session.store.list(*under)).items]
+    doomed = [keys.service(name) for name in dict.fromkeys(names)] + (tasks if with_tasks else [])
+    for start in range(0, len(doomed), MAX_OPERATIONS):
+        await session.store.transact(
+            (), [Delete(key) for key in doomed[start : start + MAX_OPERATIONS]]
+        )
+    return [key.removeprefix(keys.under("tasks")) for key in tasks]
