@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import mesh.hostports.plan
 import mesh.vip.plan
+import mesh.wg.plan
 from mesh.rules import nft
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ def lower(service: ServiceView, node: NodeView, ids: Ids) -> tuple[Elements, set
 
 
 def lower_nodes(peers: Mapping[str, PeerNode], own: str) -> Elements:
-    """The elements that describe the cluster's nodes, as `own` sees them."""
+    """The elements that describe the nodes `own` accepts as peers, and itself."""
     found: Elements = {}
-    for name, peer in peers.items():
+    if own not in peers:
+        return found
+    for name, peer in mesh.wg.plan.admit(peers, own)[0].items():
         found |= nft.lower_nodes((*peer.node.addresses, *peer.network.overlay))
         if name != own:
             found |= nft.lower_peer(peer.network)

@@ -220,6 +220,21 @@ class State:
             service, claims.wanted(spec, here) if spec is not None else ()
         )
 
+    # ---- problems
+
+    def problems(self) -> Iterable[Problem]:
+        """Records that cannot be read, and host ports that are somebody else's here."""
+        yield from self.invalid.values()
+        for claim, owner in self.claims.all_refused():
+            holder = f"task {owner.task} of service {owner.service}"
+            if not owner.task:
+                holder = f"service {owner.service} in ingress mode"
+            yield Problem(
+                about=f"task {claim.task} of service {claim.service}",
+                message=f"port {claim.published}/{claim.protocol.value} on node {self.node} belongs"
+                f" to {holder}: choose another port or node",
+            )
+
     # ---- views
 
     @property

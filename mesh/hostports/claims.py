@@ -14,7 +14,7 @@ from mesh.model.task import TaskState
 from mesh.model.view import HostClaim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from mesh.model.publish import Protocol
     from mesh.model.service import ServiceSpec
@@ -89,6 +89,10 @@ class Claims:
         """
         claims = sorted(self._wanted.get(service, frozenset()), key=_age)
         return tuple((c, self._owner[c]) for c in claims if self._owner[c] != c)
+
+    def all_refused(self) -> Iterator[tuple[HostClaim, HostClaim]]:
+        """Every claim on this node that got nothing, with the claim that holds the port."""
+        return ((claim, owner) for claim, owner in self._owner.items() if claim != owner)
 
     def _replace(
         self, table: dict[str, frozenset[HostClaim]], service: str, claims: frozenset[HostClaim]

@@ -1,0 +1,223 @@
+"""One node's agent: follows etcd, and keeps the rules and the network as it says.
+
+Owns the loops and what they wait for.  Never decides what a record means (state, planner), and
+never touches the kernel itself (reconciler, network).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Final
+
+from mesh.agent.network import Network
+from mesh.agent.reconciler import Reconciler
+from mesh.agent.reporter import Reporter
+from mesh.agent.state import KINDS, State, Touched
+from mesh.controller.controller import Controller
+from mesh.dataplane.linkwatch import LinkWatch
+from mesh.dataplane.nftables import NftablesDriver
+from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, StoreUnavailable
+from mesh.model.cluster import Cluster
+from mesh.model.node import Role
+from mesh.model.report import Problem
+from mesh.rules.program import Devices, Parameters
+from mesh.store import schema
+from mesh.store.lease import LeaseHolder
+from mesh.store.sync import Follower
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mesh.agent.config import AgentConfig
+    from mesh.dataplane.protocol import Driver
+    from mesh.model.view import NodeView
+    from mesh.store.protocol import Store
+
+log = logging.getLogger(__name__)
+
+_CHECK_SECONDS: Final = 5.0
+"""How often links and WireGuard are looked at without being told that they changed."""
+
+_SETTLE_SECONDS: Final = 0.05
+"""Link notifications come in bursts; one pass answers a whole burst."""
+
+_NOTHING: Final = Touched(frozenset(), nodes=False)
+
+
+class Agent:
+    """The loops of one node, over one store."""
+
+    def __init__(self, config: AgentConfig, store: Store) -> None:
+        self._config = config
+        self._store = store
+        self._keys = schema.Keys(config.etcd.prefix)
+        self._state = State(self._keys, config.node)
+        self._network = Network(config, self._state)
+        self._pending = _NOTHING
+        self._changed = asyncio.Event()
+        self._nodes_changed = asyncio.Event()
+        self._cluster_id = ""
+        self._problem: Problem | None = None
+
+    async def run(self) -> None:
+        """Run until cancelled.  Raises MeshError if the node cannot take part."""
+        cluster = await self._find_cluster()
+        self._cluster_id = cluster.id
+        try:
+            await self._register(cluster)
+            lease = LeaseHolder(self._store, cluster.liveness_ttl)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow(), name="follow")
+                if self._config.role is Role.MANAGER:
+                    controller = Controller(self._store, self._keys, self._config.node)
+                    tasks.create_task(controller.run(), name="controller")
+                node = await self._numbered()
+                await self._network.sync()
+                tasks.create_task(self._keep_network(), name="network")
+                await self._keep_rules(cluster, node, lease, tasks)
+        finally:
+            await self._network.close()
+
+    async def _find_cluster(self) -> Cluster:
+        item = await self._store.get(self._keys.cluster)
+        if item is None:
+            raise HostNotReady(
+                f"no cluster under {self._keys.cluster} in etcd: run `mesh cluster init` first"
+            )
+        return schema.decode(item.key, item.value, Cluster)
+
+    async def _register(self, cluster: Cluster) -> None:
+        """Write this node's record, if it differs."""
+        record = schema.encode(await self._network.identify(cluster))
+        key = self._keys.node(self._config.node)
+        item = await self._store.get(key)
+        if item is None or item.value != record:
+            await self._store.put(key, record)
+            log.info("registered node=%s", self._config.node)
+
+    # ---- etcd
+
+    async def _follow(self) -> None:
+        follower = Follower(self._store, *(f"{self._keys.prefix}/{kind}" for kind in KINDS))
+        async with aclosing(follower.updates()) as updates:
+            async for event in updates:
+                touched = self._state.apply(event)
+                self._pending = Touched(
+                    self._pending.services | touched.services, self._pending.nodes | touched.nodes
+                )
+                self._changed.set()
+                if touched.nodes:
+                    self._nodes_changed.set()
+
+    async def _numbered(self) -> NodeView:
+        """Wait for the controller to give this node its number."""
+        told = False
+        while (node := self._state.node_view()) is None or (
+            self._config.node not in self._state.peers()
+        ):
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(_CHECK_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                if not told:
+                    log.warning("waiting for a manager to give node %s a number", self._config.node)
+                told = True
+        return node
+
+    def _in_sync(self) -> bool:
+        """Whether etcd holds the cluster this agent belongs to; if not, nothing is changed."""
+        cluster = self._state.cluster
+        if cluster is not None and cluster.id == self._cluster_id:
+            self._problem = None
+            return True
+        if self._problem is None:
+            self._problem = Problem(
+                about="cluster",
+                message=f"{self._keys.cluster} is missing or another cluster's: forwarding is held "
+                "as it was; restore etcd, or run `mesh agent --cleanup` and join again",
+            )
+            log.error("%s: %s", self._problem.about, self._problem.message)
+        return False
+
+    # ---- rules
+
+    async def _keep_rules(
+        self, cluster: Cluster, node: NodeView, lease: LeaseHolder, tasks: asyncio.TaskGroup
+    ) -> None:
+        driver = self._driver(cluster, node)
+        try:
+            await driver.prepare()
+            reconciler = Reconciler(self._state, driver)
+            self._pending = _NOTHING
+            revision = self._state.revision
+            await reconciler.start()
+            gc.collect()
+            gc.freeze()  # what was loaded stays; no collection walks it again
+            reporter = Reporter(self._store, self._keys.applied(node.name), driver.name)
+            reporter.applied(revision)
+            await lease.put(self._keys.alive(node.name), b"{}")
+            tasks.create_task(lease.run(), name="lease")
+            tasks.create_task(reporter.run(lambda: self._problems(reconciler)), name="reporter")
+            log.info("forwarding node=%s number=%d", node.name, node.network.number)
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                if not self._in_sync() or self._renumbered(node):
+                    continue
+                touched, self._pending = self._pending, _NOTHING
+                revision = self._state.revision
+                await reconciler.reconcile(touched)
+                reporter.applied(revision)
+        finally:
+            driver.close()
+
+    def _driver(self, cluster: Cluster, node: NodeView) -> Driver:
+        devices = Devices(*self._network.names, node.network.bridge_mac)
+        return NftablesDriver(Parameters.of(cluster, node.network.number, devices))
+
+    def _renumbered(self, node: NodeView) -> bool:
+        """Whether this node's number was taken away.  Raises HostNotReady if it has another."""
+        now = self._state.node_view()
+        if now is not None and now.network != node.network:
+            raise HostNotReady(
+                f"node {node.name} was number {node.network.number} and is now "
+                f"{now.network.number}: start its agent again"
+            )
+        return now is None
+
+    def _problems(self, reconciler: Reconciler) -> Iterable[Problem]:
+        if self._problem is not None:
+            yield self._problem
+        yield from self._network.problems
+        yield from reconciler.problems()
+        yield from self._state.problems()
+
+    # ---- network
+
+    async def _keep_network(self) -> None:
+        """Mend the network when nodes or links changed, and look after it now and then."""
+        watch = LinkWatch(self._nodes_changed.set)
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(_CHECK_SECONDS):
+                        await self._nodes_changed.wait()
+                except TimeoutError:
+                    pass
+                await asyncio.sleep(_SETTLE_SECONDS)
+                self._nodes_changed.clear()
+                if self._in_sync():
+                    await self._sync_network()
+        finally:
+            watch.close()
+
+    async def _sync_network(self) -> None:
+        try:
+            await self._network.sync()
+        except (ApplyFailed, CommandFailed, HostNotReady, StoreUnavailable) as error:
+            log.warning("network: %s", error)
+        self._changed.set()  # problems may have changed: report them

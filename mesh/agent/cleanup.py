@@ -1,0 +1,55 @@
+"""`mesh agent --cleanup`: takes the mesh off this host, all that is ours and nothing else.
+
+The node's key and configuration stay, so that it can come back as the same node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from mesh.agent import daemon
+from mesh.agent.network import Network
+from mesh.agent.state import State
+from mesh.dataplane import host, nftables
+from mesh.errors import StoreUnavailable
+from mesh.store import schema
+from mesh.store.etcd import EtcdStore
+
+if TYPE_CHECKING:
+    from mesh.agent.config import AgentConfig
+
+log = logging.getLogger(__name__)
+
+
+def run(config: AgentConfig) -> int:
+    """Remove everything.  Raises MeshError naming what could not be removed."""
+    host.check_rights()
+    asyncio.run(_remove(config))
+    return 0
+
+
+async def _remove(config: AgentConfig) -> None:
+    keys = schema.Keys(config.etcd.prefix)
+    await nftables.remove()
+    network = Network(config, State(keys, config.node))
+    try:
+        await network.remove()
+    finally:
+        await network.close()
+    log.info("removed rules, links and routes")
+    await _sign_off(config, keys)
+
+
+async def _sign_off(config: AgentConfig, keys: schema.Keys) -> None:
+    """Tell the others at once; without etcd they notice when the lease runs out."""
+    try:
+        store = await EtcdStore.connect(daemon.store_options(config))
+        try:
+            await store.delete(keys.alive(config.node))
+            await store.delete(keys.applied(config.node))
+        finally:
+            await store.close()
+    except StoreUnavailable as error:
+        log.warning("etcd was not told: %s", error)

@@ -1,0 +1,109 @@
+"""The agent as a process: the store it opens, the loop it runs on, the signals that end it.
+
+Forwarding goes on when it ends; only `mesh agent --cleanup` takes it off the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mesh.agent.agent import Agent
+from mesh.errors import HostNotReady, MeshError
+from mesh.store.etcd import EtcdOptions, EtcdStore
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+    from mesh.agent.config import AgentConfig
+
+log = logging.getLogger(__name__)
+
+
+def run(config: AgentConfig) -> int:
+    """Run the agent until SIGTERM or SIGINT.  Raises MeshError if it cannot run."""
+    with _only_one(Path(config.state_dir)):
+        _run(_serve(config))
+    return 0
+
+
+def _run(main: Coroutine[None, None, None]) -> None:
+    """On uvloop where it is installed: etcd traffic costs a third there (speed.md section 8)."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+async def _serve(config: AgentConfig) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = await EtcdStore.connect(store_options(config))
+    try:
+        agent = asyncio.create_task(Agent(config, store).run())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({agent, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        agent.cancel()
+        await asyncio.gather(stopped, return_exceptions=True)
+        try:
+            await agent
+        except asyncio.CancelledError:
+            log.info("stopped; forwarding goes on")
+        except BaseExceptionGroup as group:
+            raise _cause(group) from group
+    finally:
+        await store.close()
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first expected error among those that ended the agent, else the first of all."""
+    expected, _ = group.split(MeshError)
+    found: BaseException = expected or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def store_options(config: AgentConfig) -> EtcdOptions:
+    """How this node reaches etcd."""
+    etcd = config.etcd
+    return EtcdOptions(
+        endpoints=etcd.endpoints,
+        user=etcd.user,
+        password=etcd.password,
+        ca=etcd.ca,
+        cert=etcd.cert,
+        key=etcd.key,
+    )
+
+
+@contextmanager
+def _only_one(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory's lock.  Raises HostNotReady if another agent has it."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostNotReady(
+            f"state_dir {state_dir}: {error.strerror}; run as root or choose another state_dir"
+        ) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HostNotReady(
+                f"another agent runs with state_dir {state_dir}: stop it first"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Tells the cluster what this node's kernel has: `/mesh/applied/<node>`, and nothing more often
+than a watcher could use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final
+
+from mesh import __version__
+from mesh.errors import StoreUnavailable
+from mesh.model.report import Applied, Problem
+from mesh.store import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mesh.store.protocol import Store
+
+log = logging.getLogger(__name__)
+
+_PAUSE: Final = 0.1
+"""Seconds between two reports at least: every one is a write to etcd."""
+
+_RETRY: Final = 1.0
+
+_MOST: Final = 50
+"""Problems told; a node with more is told to look here."""
+
+
+class Reporter:
+    """Writes the last report that differs from the one before."""
+
+    def __init__(self, store: Store, key: str, backend: str) -> None:
+        self._store = store
+        self._key = key
+        self._backend = backend
+        self._wake = asyncio.Event()
+        self._revision = 0
+
+    def applied(self, revision: int) -> None:
+        """The kernel now has everything up to `revision`."""
+        self._revision = revision
+        self._wake.set()
+
+    async def run(self, problems: Callable[[], Iterable[Problem]]) -> None:
+        """Report for ever."""
+        last = b""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            report = schema.encode(self._report(problems()))
+            if report != last:
+                try:
+                    await self._store.put(self._key, report)
+                    last = report
+                except StoreUnavailable as error:
+                    log.debug("report not written: %s", error)
+                    self._wake.set()
+                    await asyncio.sleep(_RETRY)
+            await asyncio.sleep(_PAUSE)
+
+    def _report(self, problems: Iterable[Problem]) -> Applied:
+        told = list(problems)
+        if len(told) > _MOST:
+            more = Problem(about="agent", message=f"{len(told) - _MOST} more problems in its log")
+            told = [*told[:_MOST], more]
+        return Applied(
+            revision=self._revision,
+            backend=self._backend,
+            version=__version__,
+            problems=tuple(told),
+        )
