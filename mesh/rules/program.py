@@ -162,7 +162,7 @@ def size_chains(sizes: Iterable[int]) -> str:
     if not wanted:
         return ""
     fresh = "".join(
-        f"add chain inet mesh {_chain(size)}\nflush chain inet mesh {_chain(size)}\n"
+        f"add chain inet mesh {chain(size)}\nflush chain inet mesh {chain(size)}\n"
         for size in wanted
     )
     chains = "".join(f"{line}\n" for size in wanted for line in _size_chain(size))
@@ -173,14 +173,15 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def _chain(size: int) -> str:
+def chain(size: int) -> str:
+    """The name of the chain that draws a slot among `size`."""
     return f"{'hash' if size & marks.HASH else 'random'}_{size & marks.MAX_SLOTS}"
 
 
 def _size_chain(size: int) -> Iterator[str]:
     """The chain that draws a slot among `size`; each protocol has to be matched for itself."""
     slots_of = size & marks.MAX_SLOTS
-    yield f" chain {_chain(size)} {{"
+    yield f" chain {chain(size)} {{"
     for protocol in ("tcp", "udp"):
         for family in FAMILIES:
             ip, end = _IP[family], family.suffix
@@ -196,7 +197,7 @@ def _size_chain(size: int) -> Iterator[str]:
 
 def _size_elements(sizes: Iterable[int]) -> str:
     verdicts = ", ".join(
-        f"0x{size:x} : jump {_chain(size)}" if size else "0 : goto refuse" for size in sorted(sizes)
+        f"0x{size:x} : jump {chain(size)}" if size else "0 : goto refuse" for size in sorted(sizes)
     )
     return f"add element inet mesh sizes {{ {verdicts} }}\n"
 

@@ -1,0 +1,237 @@
+"""The nftables driver: the program through `nft`, its elements through one netlink socket.
+
+Owns `table inet mesh` and `table bridge mesh` in the network namespace it was made in, and touches
+no other.  Never decides what should be forwarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mesh.dataplane import command, nfmessages
+from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
+from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
+from mesh.rules import elements, nft, program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mesh.dataplane.nfmessages import Chunk
+    from mesh.dataplane.protocol import ElementDelta
+    from mesh.rules.elements import Elements
+    from mesh.rules.program import Parameters
+
+_log = logging.getLogger(__name__)
+
+_RECREATE: Final = "table inet mesh\ndelete table inet mesh\n"
+_UPGRADE: Final = "flush table inet mesh\n"
+_STATIC: Final = ("own4", "own6", "closed4", "closed6", "sizes")
+_IN_LOOP: Final = 500
+"""Elements that are packed and committed within the event loop: about 5 ms at most."""
+
+
+class _Loaded(NamedTuple):
+    """How a program in the kernel is recognised; None for what it does not say."""
+
+    schema: int | None
+    version: int | None
+    witness: int | None
+
+
+class NftablesDriver:
+    """Drives nftables for one node.  `prepare` is also how a damaged program is healed."""
+
+    name = "nftables"
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._program = program.build(parameters)
+        self._socket = Socket()
+        self._sizes: frozenset[int] = frozenset()
+        self._lock = asyncio.Lock()
+
+    @property
+    def port(self) -> int:
+        """The netlink port id that our own changes are announced with."""
+        return self._socket.port
+
+    async def prepare(self) -> None:
+        """Load the program, or adopt the one that is loaded.  Raises CommandFailed.
+
+        The same program, untouched by anybody: left alone.  Another version, or a damaged one:
+        replaced in place, which keeps all elements and loses no packet.  Other sets: replaced
+        whole, without elements.
+        """
+        async with self._lock:
+            with _reading():
+                loaded, witness, sizes = self._loaded(), self._witness(), self._dispatched()
+            if loaded.schema != self._program.schema:
+                await self._create()
+            elif (loaded.version, loaded.witness) != (self._program.version, witness):
+                await self._replace(sizes - program.STATIC_SIZES)
+            else:
+                self._sizes = sizes
+                _log.info("nftables program=adopted version=%x", self._program.version)
+
+    async def _create(self) -> None:
+        await command.run("nft", "-f", "-", input=_RECREATE + self._program.inet)
+        await self._finish("created", frozenset())
+
+    async def _replace(self, extra: frozenset[int]) -> None:
+        text = _UPGRADE + self._program.inet + program.size_chains(extra) + self._stale(extra)
+        try:
+            await command.run("nft", "-f", "-", input=text)
+        except CommandFailed as error:
+            _log.warning("nftables program=damaged error=%r created anew", str(error))
+            await self._create()
+        else:
+            await self._finish("replaced", extra)
+
+    async def _finish(self, how: str, extra: frozenset[int]) -> None:
+        try:
+            await command.run("nft", "-f", "-", input=self._program.bridge)
+        except CommandFailed as error:
+            text = "nftables table=bridge error=%r replicas on one bridge cannot reach each other"
+            _log.warning(text, str(error))
+        self._sizes = program.STATIC_SIZES | extra
+        self._write_witness()
+        _log.info("nftables program=%s version=%x", how, self._program.version)
+
+    def _stale(self, extra: Iterable[int]) -> str:
+        """Deletes chains of ours that the program does not have; the flush leaves them empty."""
+        wanted = self._program.chains | {program.chain(size) for size in extra}
+        foreign = sorted(nfmessages.chains(self._socket, INET).keys() - wanted)
+        return "".join(
+            f"delete chain inet mesh {name}\n" for name in foreign if name.isidentifier()
+        )
+
+    def _loaded(self) -> _Loaded:
+        try:
+            found = nfmessages.read_elements(self._socket, ["fingerprint"])
+        except FileNotFoundError:
+            return _Loaded(None, None, None)
+        parts = [found.get(("fingerprint", elements.mark_bytes(slot))) for slot in range(3)]
+        return _Loaded(*(elements.mark_of(part) if part else None for part in parts))
+
+    def _dispatched(self) -> frozenset[int]:
+        """The pool sizes that the loaded program has chains for."""
+        with contextlib.suppress(FileNotFoundError):
+            found = nfmessages.raw_elements(self._socket, "sizes")
+            return frozenset(elements.mark_of(element[8:12]) for element in found)
+        return frozenset()
+
+    def _witness(self) -> int | None:
+        with contextlib.suppress(FileNotFoundError):
+            return nfmessages.witness(self._socket, _STATIC)
+        return None
+
+    def _write_witness(self) -> None:
+        """Write down what the program looks like in the kernel, for `prepare` to compare."""
+        key, witness = elements.mark_bytes(2), self._witness()
+        if witness is None:
+            return
+        chunks = list(nfmessages.additions("fingerprint", [(key, elements.mark_bytes(witness))]))
+        if self._loaded().witness is not None:
+            chunks = [*nfmessages.removals("fingerprint", [key]), *chunks]
+        self._socket.transact([chunk.message for chunk in chunks])
+
+    async def read(self) -> Elements:
+        """Every element of every set of services.  Raises NotFound if the program is gone."""
+        async with self._lock:
+            with _reading():
+                return await asyncio.to_thread(
+                    nfmessages.read_elements, self._socket, elements.SETS
+                )
+
+    async def apply(self, delta: ElementDelta) -> None:
+        """Apply a change in one transaction.  Raises ApplyFailed with the culprit element."""
+        async with self._lock:
+            missing = nft.sizes(delta.add) - self._sizes
+            if missing:
+                await self._add_sizes(missing)
+            if len(delta) <= _IN_LOOP:
+                self._commit(_pack(delta))
+            else:
+                await asyncio.to_thread(lambda: self._commit(_pack(delta)))
+
+    async def _add_sizes(self, sizes: frozenset[int]) -> None:
+        try:
+            await command.run("nft", "-f", "-", input=program.size_chains(sizes))
+        except CommandFailed as error:
+            raise ApplyFailed(f"pool sizes {sorted(sizes)}: {error}") from error
+        self._sizes |= sizes
+        self._write_witness()
+
+    def _commit(self, chunks: list[Chunk]) -> None:
+        try:
+            self._socket.transact([chunk.message for chunk in chunks])
+        except Refused as refused:
+            raise _explained(refused, chunks) from None
+        except TimeoutError as error:
+            raise ApplyFailed(f"nftables: {error}") from None
+
+    async def remove(self) -> None:
+        """Delete our tables, and nobody else's."""
+        async with self._lock:
+            for family in (INET, BRIDGE):
+                try:
+                    self._socket.transact([nfmessages.delete_table(family)])
+                except Refused as refused:
+                    if refused.errno != errno.ENOENT:
+                        raise HostNotReady(
+                            f"nftables cannot delete table mesh: {refused.strerror}"
+                        ) from None
+
+    def close(self) -> None:
+        """Close the socket; the kernel keeps forwarding."""
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFound("table inet mesh is gone or damaged: prepare it again") from None
+    except PermissionError:
+        raise HostNotReady("nftables cannot be read: run as root, or with CAP_NET_ADMIN") from None
+    except OSError as error:
+        raise HostNotReady(f"nftables cannot be read: {error.strerror or error}") from None
+
+
+def _pack(delta: ElementDelta) -> list[Chunk]:
+    """Frontends go first and come last, so that a split change never points at nothing."""
+    gone: dict[str, list[bytes]] = {}
+    new: dict[str, list[tuple[bytes, bytes]]] = {}
+    for name, key in delta.remove:
+        gone.setdefault(name, []).append(key)
+    for (name, key), data in delta.add.items():
+        new.setdefault(name, []).append((key, data))
+    chunks: list[Chunk] = []
+    for name in sorted(gone, key=elements.FRONTENDS.__contains__, reverse=True):
+        chunks += nfmessages.removals(name, gone[name])
+    for name in sorted(new, key=elements.FRONTENDS.__contains__):
+        chunks += nfmessages.additions(name, new[name])
+    return chunks
+
+
+_REASONS: Final = {
+    errno.EEXIST: "exists already with other data, or overlaps",
+    errno.ENOENT: "does not exist",
+}
+
+
+def _explained(refused: Refused, chunks: list[Chunk]) -> ApplyFailed:
+    number = refused.errno or 0
+    reason = _REASONS.get(number, refused.strerror)
+    culprit = "the change"
+    if refused.index is not None:
+        chunk = chunks[refused.index]
+        key = chunk.culprit(refused.offset)
+        culprit = f"one of {len(chunk.keys)} elements of {chunk.name}"
+        if key is not None:
+            culprit = elements.describe(key)
+    return ApplyFailed(f"nftables refused {culprit}: {reason} ({errno.errorcode.get(number)})")
