@@ -44,7 +44,7 @@ PORT: Final = Part("inet_service", 4, lambda data: str(int.from_bytes(data[:2], 
 MARK: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('=I', data)[0]:x}")
 MARK_BE: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('>I', data)[0]:x}")
 SLOT: Final = Part("slot", 4, lambda data: str(struct.unpack("=I", data)[0]))
-ETHER: Final = Part("ether_addr", 8, lambda data: data[:6].hex(":"))
+ETHER: Final = Part("ether_addr", 6, lambda data: data.hex(":"))
 ZONE: Final = Part("ct zone", 2, lambda data: str(struct.unpack("=H", data[:2])[0]))
 
 
@@ -113,8 +113,8 @@ def mark_of(data: bytes) -> int:
 
 
 def ether_bytes(mac: str) -> bytes:
-    """A MAC address as a key."""
-    return bytes.fromhex(mac.replace(":", "")) + b"\0\0"
+    """A MAC address as a key: alone in its set, so not padded."""
+    return bytes.fromhex(mac.replace(":", ""))
 
 
 def zone_bytes(number: int) -> bytes:
