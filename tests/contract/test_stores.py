@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.errors import StoreUnavailable
+from mesh.store.etcd import EtcdStore
+from mesh.store.etcd_channel import EtcdOptions
 from mesh.store.memory import MemoryStore
 from mesh.store.protocol import (
     MAX_OPERATIONS,
@@ -21,9 +23,10 @@ from mesh.store.protocol import (
     Put,
     Store,
 )
+from tests.support.etcd import Etcd, etcd
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 
 LIMIT = 20.0
 """Seconds a store may take for anything here before the test fails."""
@@ -37,11 +40,23 @@ class World:
     compact: Callable[[int], None]
 
 
-@pytest.fixture(params=["memory"])
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    with etcd(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", pytest.param("etcd", marks=pytest.mark.cluster)])
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    store = MemoryStore()
-    yield World(store, store.compact)
-    await store.close()
+    if request.param == "memory":
+        memory = MemoryStore()
+        yield World(memory, memory.compact)
+        await memory.close()
+    else:
+        server: Etcd = request.getfixturevalue("server")
+        store = EtcdStore(EtcdOptions((server.url,)))
+        yield World(store, server.compact)
+        await store.close()
 
 
 @pytest.fixture
