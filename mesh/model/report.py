@@ -1,4 +1,4 @@
-"""What an agent reports back: the revision its kernel has, and what is wrong."""
+"""What agents and the controller report back: what is in force, and what is wrong."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     about: str
     message: str
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What the controller has to say about a service or a node; no record: nothing is wrong."""
+
+    problems: tuple[Problem, ...]
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

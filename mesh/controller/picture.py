@@ -1,0 +1,314 @@
+"""What the controller knows: the cluster, who wants allocations, who holds what.
+
+Owns the indexes that make one decision cost the same in a cluster of ten and of ten thousand
+services.  Changes only by what the store said or accepted.  Never decides, never does I/O.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from mesh.errors import InvalidRecord
+from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
+from mesh.model.cluster import Cluster
+from mesh.model.publish import Protocol
+from mesh.model.report import Status
+from mesh.store import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mesh.model.service import ServiceSpec
+    from mesh.store.protocol import Change, KeyValue
+    from mesh.store.schema import Keys
+
+Pool = Literal["nodes", "vips", "tcp", "udp"]
+POOLS: Final[tuple[Pool, ...]] = ("nodes", "vips", "tcp", "udp")
+PORT_POOLS: Final[Mapping[Protocol, Pool]] = {Protocol.TCP: "tcp", Protocol.UDP: "udp"}
+Record = NodeAllocation | VipAllocation | PortAllocation
+
+
+class Place(NamedTuple):
+    """One number of one pool: what can be allocated once."""
+
+    pool: Pool
+    number: int
+
+
+class Owner(NamedTuple):
+    """Who may hold places: `kind` is "nodes" or "services", as in the keys."""
+
+    kind: Literal["nodes", "services"]
+    name: str
+
+
+class Held(NamedTuple):
+    """An allocated place.  `owner` None: its record cannot be read, so nobody else may have it.
+
+    `revision` is the key's mod_revision, 0 while the allocation is being written.
+    """
+
+    owner: Owner | None
+    record: Record | None
+    revision: int
+
+
+class Claimant(NamedTuple):
+    """A node or service that exists.  `spec` is its last good one, None for a node or if it never
+    was readable; `flaw` says what is wrong with the present record.
+    """
+
+    created: int
+    spec: ServiceSpec | None
+    flaw: str | None
+
+
+UNREADABLE: Final = Status(problems=())
+"""A status record of no use; differs from every one that is ever wanted."""
+
+_CANONICAL: Final = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+@dataclass
+class Picture:
+    """The store as the controller sees it, and which owners are to be decided about."""
+
+    keys: Keys
+    remembered: Mapping[Owner, ServiceSpec]
+    """Specs known before, to stand in for records that cannot be read when they are first seen."""
+    cluster: Cluster | None = None
+    claimants: dict[Owner, Claimant] = field(default_factory=dict)
+    taken: dict[Pool, dict[int, Held]] = field(default_factory=lambda: {p: {} for p in POOLS})
+    held: defaultdict[Owner, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    cursors: dict[Pool, int] = field(default_factory=dict)
+    statuses: dict[Owner, Status] = field(default_factory=dict)
+    exhausted: set[Pool] = field(default_factory=set)
+    """Pools found to be full, until a place of theirs is freed or the cluster changes."""
+    flaws: dict[str, str] = field(default_factory=dict)
+    """Why a record that has no status of its own cannot be read, by key."""
+    _waiting: defaultdict[Place | Pool, set[Owner]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    _waits: dict[Owner, frozenset[Place | Pool]] = field(default_factory=dict)
+    _dirty: set[Owner] = field(default_factory=set)
+    _queue: list[tuple[int, Owner]] = field(default_factory=list)
+    _written: dict[str, int] = field(default_factory=dict)
+    """Own writes that the watch has not repeated yet; what it says of earlier ones is stale."""
+
+    def load(self, items: Iterable[KeyValue]) -> None:
+        """Take in a part of the first snapshot."""
+        for item in items:
+            self._put(item)
+
+    def specs(self) -> dict[Owner, ServiceSpec]:
+        """The last good spec of every service, to survive a new snapshot."""
+        return {o: c.spec for o, c in self.claimants.items() if c.spec is not None}
+
+    def observe(self, changes: Iterable[Change]) -> None:
+        """Take in what happened since the snapshot, in order."""
+        for change in changes:
+            written = self._written.get(change.key, 0)
+            if change.revision >= written:
+                self._written.pop(change.key, None)
+            if change.revision <= written:
+                continue
+            if change.value is None:
+                self._delete(change.key)
+            else:
+                self._put(change.value)
+
+    def wrote(self, key: str, revision: int) -> None:
+        """Note that the store accepted a write of ours whose effect is noted already."""
+        self._written[key] = revision
+
+    def hold(self, place: Place, held: Held) -> None:
+        """Note who holds a place."""
+        before = self.taken[place.pool].get(place.number)
+        if before is not None and before.owner != held.owner:
+            self.release(place)
+        self.taken[place.pool][place.number] = held
+        if held.owner is not None:
+            self.held[held.owner].add(place)
+
+    def release(self, place: Place) -> None:
+        """Note that a place is free, and wake those who wait for it."""
+        before = self.taken[place.pool].pop(place.number, None)
+        if before is None:
+            return
+        if before.owner is not None:
+            self.held[before.owner].discard(place)
+            if not self.held[before.owner]:
+                del self.held[before.owner]
+        self.exhausted.discard(place.pool)
+        for resource in (place, place.pool):
+            for owner in tuple(self._waiting.get(resource, ())):
+                self.mark(owner)
+
+    def wait(self, owner: Owner, resources: frozenset[Place | Pool]) -> None:
+        """Replace what an owner waits for: to be decided about again when one of it is freed."""
+        for resource in self._waits.pop(owner, ()):
+            self._waiting[resource].discard(owner)
+            if not self._waiting[resource]:
+                del self._waiting[resource]
+        if resources:
+            self._waits[owner] = resources
+        for resource in resources:
+            self._waiting[resource].add(owner)
+
+    def mark(self, owner: Owner) -> None:
+        """Have an owner decided about: those that are gone first, then the oldest."""
+        if owner not in self._dirty:
+            claimant = self.claimants.get(owner)
+            self._dirty.add(owner)
+            heapq.heappush(self._queue, (claimant.created if claimant else -1, owner))
+
+    def has_marked(self) -> bool:
+        """Whether there is anything to decide, and a cluster to decide it for."""
+        return self.cluster is not None and bool(self._queue)
+
+    def next_marked(self) -> Owner | None:
+        """Take the next owner to be decided about; None if there is none, or no cluster yet."""
+        if not self.has_marked():
+            return None
+        _, owner = heapq.heappop(self._queue)
+        self._dirty.discard(owner)
+        return owner
+
+    def key_of(self, place: Place) -> str:
+        """The etcd key of an allocation."""
+        match place.pool:
+            case "nodes":
+                return self.keys.node_allocation(place.number)
+            case "vips":
+                return self.keys.vip_allocation(place.number)
+            case "tcp" | "udp":
+                return self.keys.port_allocation(place.pool, place.number)
+
+    # ---- records
+
+    def _put(self, item: KeyValue) -> None:
+        key = item.key
+        match _parts(self.keys, key):
+            case ["cluster"]:
+                self._put_cluster(item)
+            case ["services" | "nodes" as kind, *name]:
+                self._put_claimant(Owner(kind, "/".join(name)), item)
+            case ["allocations", "cursors", pool] if pool in POOLS:
+                self.cursors[pool] = _number(item.value.decode(errors="replace")) or 0
+            case ["allocations", *rest]:
+                place = _place(rest)
+                if place is not None:
+                    self._put_allocation(place, item)
+            case ["status", "services" | "nodes" as kind, *name]:
+                self._put_status(Owner(kind, "/".join(name)), item)
+            case _:
+                pass
+
+    def _delete(self, key: str) -> None:
+        self.flaws.pop(key, None)
+        match _parts(self.keys, key):
+            case ["cluster"]:
+                self.cluster = None
+            case ["services" | "nodes" as kind, *name]:
+                owner = Owner(kind, "/".join(name))
+                self.claimants.pop(owner, None)
+                self.mark(owner)
+            case ["allocations", "cursors", pool] if pool in POOLS:
+                self.cursors.pop(pool, None)
+            case ["allocations", *rest]:
+                place = _place(rest)
+                if place is not None:
+                    self._mark_holder(place)
+                    self.release(place)
+            case ["status", "services" | "nodes" as kind, *name]:
+                owner = Owner(kind, "/".join(name))
+                self.statuses.pop(owner, None)
+                self.mark(owner)
+            case _:
+                pass
+
+    def _put_cluster(self, item: KeyValue) -> None:
+        try:
+            cluster = schema.decode(item.key, item.value, Cluster)
+        except InvalidRecord as error:
+            self.flaws[item.key] = error.reason
+            return
+        self.flaws.pop(item.key, None)
+        if cluster == self.cluster:
+            return
+        self.cluster = cluster
+        self.exhausted.clear()
+        for owner in (*self.claimants, *self.held, *self.statuses):
+            self.mark(owner)
+
+    def _put_claimant(self, owner: Owner, item: KeyValue) -> None:
+        before = self.claimants.get(owner)
+        spec = before.spec if before is not None else self.remembered.get(owner)
+        flaw = None
+        try:
+            if owner.kind == "services":
+                spec = schema.parse_service(item.key, item.value)
+            else:
+                schema.parse_node(item.key, item.value)
+        except InvalidRecord as error:
+            flaw = error.reason
+        self.claimants[owner] = Claimant(item.create_revision, spec, flaw)
+        self.mark(owner)
+
+    def _put_allocation(self, place: Place, item: KeyValue) -> None:
+        owner: Owner | None = None
+        record: Record | None = None
+        try:
+            match place.pool:
+                case "nodes":
+                    record = schema.decode(item.key, item.value, NodeAllocation)
+                    owner = Owner("nodes", record.node)
+                case "vips":
+                    record = schema.decode(item.key, item.value, VipAllocation)
+                    owner = Owner("services", record.service)
+                case "tcp" | "udp":
+                    record = schema.decode(item.key, item.value, PortAllocation)
+                    owner = Owner("services", record.service)
+            self.flaws.pop(item.key, None)
+        except InvalidRecord as error:
+            self.flaws[item.key] = error.reason
+        self._mark_holder(place)
+        self.hold(place, Held(owner, record, item.mod_revision))
+        self._mark_holder(place)
+
+    def _put_status(self, owner: Owner, item: KeyValue) -> None:
+        try:
+            self.statuses[owner] = schema.decode(item.key, item.value, Status)
+        except InvalidRecord:
+            self.statuses[owner] = UNREADABLE
+        self.mark(owner)
+
+    def _mark_holder(self, place: Place) -> None:
+        held = self.taken[place.pool].get(place.number)
+        if held is not None and held.owner is not None:
+            self.mark(held.owner)
+
+
+def _parts(keys: Keys, key: str) -> list[str]:
+    return key.removeprefix(keys.prefix + "/").split("/")
+
+
+def _place(parts: list[str]) -> Place | None:
+    """The place an allocation's key names; None for a key that is none of ours."""
+    match parts:
+        case ["nodes" | "vips" as pool, text]:
+            pass
+        case ["ports", "tcp" | "udp" as pool, text]:
+            pass
+        case _:
+            return None
+    number = _number(text)
+    return None if number is None else Place(pool, number)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if _CANONICAL.fullmatch(text) else None
