@@ -1,0 +1,85 @@
+"""The memory driver: sets without a kernel, for dry runs and tests.
+
+Refuses what the kernel refuses, so that a plan which works here works there.  Forwards nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mesh.errors import ApplyFailed, NotFound
+from mesh.rules import elements
+
+if TYPE_CHECKING:
+    from mesh.dataplane.protocol import ElementDelta
+    from mesh.rules.elements import ElementKey, Elements
+
+
+class MemoryDriver:
+    """Holds elements; `prepare` makes the sets exist, `remove` makes them go."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self._elements: Elements | None = None
+
+    async def prepare(self) -> None:
+        """Make the sets exist; what they hold stays."""
+        if self._elements is None:
+            self._elements = {}
+
+    async def read(self) -> Elements:
+        """Every element.  Raises NotFound before `prepare` and after `remove`."""
+        return dict(self._prepared())
+
+    async def apply(self, delta: ElementDelta) -> None:
+        """Apply a change, all or nothing.  Raises ApplyFailed with the culprit element."""
+        changed = dict(self._prepared())
+        for key in delta.remove:
+            if changed.pop(key, None) is None:
+                raise _refused(key, "does not exist")
+        for key, data in delta.add.items():
+            if len(key[1]) != _width(key[0]) or len(data) != _data_width(key[0]):
+                raise _refused(key, "has the wrong size")
+            if changed.get(key, data) != data or _overlaps(key, changed):
+                raise _refused(key, "exists already with other data, or overlaps")
+            changed[key] = data
+        self._elements = changed
+
+    async def remove(self) -> None:
+        """Forget the sets."""
+        self._elements = None
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _prepared(self) -> Elements:
+        if self._elements is None:
+            raise NotFound("the sets do not exist: prepare them")
+        return self._elements
+
+
+def _refused(key: ElementKey, reason: str) -> ApplyFailed:
+    return ApplyFailed(f"refused {elements.describe(key)}: {reason}")
+
+
+def _width(name: str) -> int:
+    spec = elements.SETS[name]
+    return sum(part.width for part in spec.key) * (2 if spec.interval else 1)
+
+
+def _data_width(name: str) -> int:
+    return sum(part.width for part in elements.SETS[name].data)
+
+
+def _overlaps(key: ElementKey, others: Elements) -> bool:
+    """Whether another range of the same set shares a value with this one."""
+    name, text = key
+    if not elements.SETS[name].interval:
+        return False
+    half = len(text) // 2
+    return any(
+        other[:half] <= text[half:] and text[:half] <= other[half:]
+        for at, other in others
+        if at == name and other != text
+    )
