@@ -94,8 +94,23 @@ class Root(options.Noun):
 @asynccontextmanager
 async def open_etcd(etcd: EtcdConfig) -> AsyncIterator[Store]:
     """The store of production."""
-    raise NotImplementedError
-    yield
+    from mesh.store.etcd import EtcdStore
+    from mesh.store.etcd_channel import EtcdOptions
+
+    store = EtcdStore(
+        EtcdOptions(
+            endpoints=etcd.endpoints,
+            user=etcd.user,
+            password=etcd.password,
+            ca=etcd.ca,
+            cert=etcd.cert,
+            key=etcd.key,
+        )
+    )
+    try:
+        yield store
+    finally:
+        await store.close()
 
 
 @click.command(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from mesh import errors
-from mesh.cli import options, output
+from mesh.cli import options, output, spec_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mesh.cli.options import Session
     from mesh.cli.world import World
-    from mesh.model.publish import PublishedPort
     from mesh.model.service import ServiceSpec
     from mesh.model.view import ServiceView
     from mesh.store.protocol import Compare
@@ -22,60 +19,15 @@ if TYPE_CHECKING:
 ALLOCATION_WAIT: Final = 3.0
 """Seconds that `create` waits for the controller: an election takes less."""
 
-F = TypeVar("F", bound="Callable[..., Any]")
-
 
 @click.group(cls=options.Noun)
 def service() -> None:
     """Publish services; list and inspect them."""
 
 
-_SPEC_OPTIONS = (
-    click.option(
-        "-p",
-        "--publish",
-        multiple=True,
-        metavar="HOST:CTR[/tcp|udp]",
-        help="Publish container port CTR as HOST; repeatable.",
-    ),
-    click.option(
-        "--publish-mode",
-        type=click.Choice(["host", "ingress"]),
-        help="Where it answers: on the nodes that run the service (default), or on every node.",
-    ),
-    click.option("--vip", metavar="auto|none|ADDRESS", help="The service's virtual address."),
-    click.option(
-        "--affinity",
-        type=click.Choice(["none", "client-ip"]),
-        help="Whether a client is kept on one replica.",
-    ),
-    click.option(
-        "--source",
-        type=click.Choice(["preserve", "masquerade"]),
-        help="Whose address replicas on other nodes see: the client's, or the ingress node's.",
-    ),
-    click.option(
-        "--prefer",
-        type=click.Choice(["any", "local", "local-only"]),
-        help="Which replicas a node balances over.",
-    ),
-    click.option(
-        "--allow", multiple=True, metavar="PREFIX", help="Who may connect; repeatable (all)."
-    ),
-    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable."),
-    click.option("--no-wait", is_flag=True, help="Do not wait for VIP and ports."),
-)
-
-
-def _spec_options(verb: F) -> F:
-    for option in reversed(_SPEC_OPTIONS):
-        verb = option(verb)
-    return verb
-
-
 @service.command()
 @click.argument("name")
-@_spec_options
+@spec_options.apply
 def create(name: str, no_wait: bool, **given: Any) -> None:
     """Create a service, and wait up to 3 seconds for its VIP and ports.
 
@@ -83,60 +35,35 @@ def create(name: str, no_wait: bool, **given: Any) -> None:
     """
     from mesh.model.service import ServiceSpec
 
-    fields = _fields(given)
+    fields = spec_options.fields(given)
     with options.naming(f"service {name}"):
         spec = ServiceSpec(name=name, **fields)
-    revision = options.in_store(lambda session: _write_new(session, spec))
-    _report(spec, "created", None if no_wait else revision)
+
+    async def write_and_read(session: Session) -> World:
+        return await _read_back(session, spec, await _write_new(session, spec), wait=not no_wait)
+
+    _report(options.in_store(write_and_read), spec, "created", waited=not no_wait)
 
 
 @service.command()
 @click.argument("name")
-@_spec_options
+@spec_options.apply
 def update(name: str, no_wait: bool, **given: Any) -> None:
     """Change a service: what is given replaces what was, the rest stays.
 
     One --publish replaces all published ports, one --allow all allowed prefixes.
     """
-    fields = _fields(given)
-    spec, revision = options.in_store(lambda session: _replace(session, name, fields))
-    _report(spec, "updated", None if no_wait else revision)
+    fields = spec_options.fields(given)
+    if not fields:
+        raise errors.BadUsage(
+            f"service {name}: nothing to change; see `mesh service update --help`"
+        )
 
+    async def write_and_read(session: Session) -> tuple[World, ServiceSpec]:
+        spec, revision = await _replace(session, name, fields)
+        return await _read_back(session, spec, revision, wait=not no_wait), spec
 
-def _fields(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
-    from mesh.model.address import parse_address, parse_prefix
-    from mesh.model.service import Affinity, Prefer, Source
-
-    kinds: dict[str, Callable[[str], Any]] = {
-        "affinity": Affinity,
-        "source": Source,
-        "prefer": Prefer,
-    }
-    fields: dict[str, Any] = {
-        name: kind(given[name]) for name, kind in kinds.items() if given[name] is not None
-    }
-    if given["publish"]:
-        fields["ports"] = _ports(given["publish"], given["publish_mode"] or "host")
-    elif given["publish_mode"] is not None:
-        raise errors.BadUsage("--publish-mode: give the ports it is for with --publish HOST:CTR")
-    if given["vip"] is not None:
-        with options.naming("--vip"):
-            named = given["vip"] in ("auto", "none")
-            fields["vip"] = given["vip"] if named else parse_address(given["vip"])
-    if given["allow"]:
-        with options.naming("--allow"):
-            fields["allow"] = tuple(parse_prefix(text) for text in given["allow"])
-    if given["labels"]:
-        fields["labels"] = options.labels(given["labels"])
-    return fields
-
-
-def _ports(texts: tuple[str, ...], mode: str) -> tuple[PublishedPort, ...]:
-    from mesh.model.publish import PublishMode, parse_publish
-
-    with options.naming("--publish"):
-        return tuple(parse_publish(text, PublishMode(mode)) for text in texts)
+    _report(*options.in_store(write_and_read), "updated", waited=not no_wait)
 
 
 async def _write_new(session: Session, spec: ServiceSpec) -> int:
@@ -205,14 +132,13 @@ async def _free_ports(session: Session, spec: ServiceSpec) -> list[Compare]:
     return conditions[: MAX_OPERATIONS - 1]
 
 
-def _report(spec: ServiceSpec, what: str, written: int | None) -> None:
-    """Print what the service has; if `written` at a revision, once it has what it asks for."""
-    from mesh.cli import ports, world
+def _report(seen: World, spec: ServiceSpec, what: str, *, waited: bool) -> None:
+    """Print what the service has; if that was waited for, say what is missing.
 
-    if written is None:
-        seen = options.in_store(world.read)
-    else:
-        seen = options.in_store(lambda session: _settled(session, spec, written))
+    Raises Conflict if the controller refused something.
+    """
+    from mesh.cli import ports
+
     view = seen.service(spec.name)
     if options.as_json():
         output.document(describe(seen, view))
@@ -224,7 +150,7 @@ def _report(spec: ServiceSpec, what: str, written: int | None) -> None:
             click.echo("  Published Ports:")
         for item in ports.assign(view):
             output.line(f"    {item.warren}")
-    if written is None or _has_everything(seen, spec):
+    if not waited or _has_everything(seen, spec):
         return
     for problem in seen.problems_of(spec.name):
         raise errors.Conflict(f"service {spec.name!r} was {what}, but: {problem.message}")
@@ -234,8 +160,11 @@ def _report(spec: ServiceSpec, what: str, written: int | None) -> None:
     )
 
 
-async def _settled(session: Session, spec: ServiceSpec, written: int) -> World:
-    """The world once the controller has answered, or after `ALLOCATION_WAIT` as it is then."""
+async def _read_back(session: Session, spec: ServiceSpec, written: int, *, wait: bool) -> World:
+    """The world once the controller has answered what was `written` at a revision.
+
+    As it is after `ALLOCATION_WAIT` if there is no answer, and as it is now if not to `wait`.
+    """
     import asyncio
 
     from mesh.cli import world
@@ -243,6 +172,8 @@ async def _settled(session: Session, spec: ServiceSpec, written: int) -> World:
 
     keys = session.keys
     seen = await world.read(session)
+    if not wait:
+        return seen
     since = dict.fromkeys((keys.under("allocations"), keys.under("status")), seen.revision)
     try:
         with output.patience("a manager to allocate VIP and ports"):
