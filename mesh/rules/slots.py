@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from functools import reduce
+import struct
+from array import array
+from functools import lru_cache, reduce
 from math import gcd
 from typing import TYPE_CHECKING, Final
 
@@ -14,8 +16,11 @@ if TYPE_CHECKING:
 
     from mesh.rules.forwarding import Backend
 
-HASH_SIZES: Final = (61, 251, 1021)
+HASH_SIZES: Final = (251, 1021)
 """Slot counts of client-affine pools: primes, so that jhash spreads evenly (program.md 2)."""
+
+_SLOTS_EACH: Final = 20
+"""A backend's share of clients then strays from the fair one by a fifth at most, typically."""
 
 
 def weighted(backends: Sequence[Backend]) -> list[Backend]:
@@ -44,18 +49,28 @@ def _scaled(weights: list[int]) -> list[int]:
 def hashed(backends: Sequence[Backend]) -> list[Backend]:
     """Slots for a draw by client address: filled by weighted rendezvous, so that losing one of n
     backends moves only its own clients (Thaler and Ravishankar, 1998).
+
+    Between 12 and 13 backends the number of slots changes, and with it most clients' backend.
     """
     live = sorted(b for b in backends if b.weight > 0)[:MAX_SLOTS]
     if not live:
         return []
-    size = next((s for s in HASH_SIZES if s >= 20 * len(live)), HASH_SIZES[-1])
-    seeds = [(b, f"{b.address}/{b.port}/".encode()) for b in live]
-    return [max(seeds, key=lambda pair: _score(pair, slot))[0] for slot in range(size)]
+    size = next((s for s in HASH_SIZES if s >= _SLOTS_EACH * len(live)), HASH_SIZES[-1])
+    best, *others = live
+    chosen, highest = [best] * size, list(_scores(best)[:size])
+    for backend in others:
+        for slot, score in enumerate(_scores(backend)[:size]):
+            if score > highest[slot]:
+                chosen[slot], highest[slot] = backend, score
+    return chosen
 
 
-def _score(pair: tuple[Backend, bytes], slot: int) -> float:
-    backend, seed = pair
-    digest = hashlib.blake2b(seed + slot.to_bytes(2, "big"), digest_size=8).digest()
-    uniform = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)
-    # Highest uniform ** (1 / weight) wins with probability proportional to weight.
-    return float(uniform ** (1.0 / backend.weight))
+@lru_cache(maxsize=2048)  # 8 kB each; the backends of a pool are scored again at each change
+def _scores(backend: Backend) -> array[float]:
+    """How strongly a backend claims each slot: uniform ** (1 / weight), of which the highest wins
+    with probability proportional to weight.
+    """
+    count = HASH_SIZES[-1]
+    seed = f"{backend.address}/{backend.port}".encode()
+    draws = struct.unpack(f">{count}Q", hashlib.shake_128(seed).digest(8 * count))
+    return array("d", ((draw / 2**64) ** (1.0 / backend.weight) for draw in draws))
