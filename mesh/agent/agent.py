@@ -16,15 +16,16 @@ from mesh.agent.network import Network
 from mesh.agent.reconciler import Reconciler
 from mesh.agent.reporter import Reporter
 from mesh.agent.state import KINDS, State, Touched
-from mesh.controller.controller import Controller
+from mesh.controller import lead
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.dataplane.nftables import NftablesDriver
-from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, StoreUnavailable
+from mesh.errors import HostNotReady
 from mesh.model.cluster import Cluster
 from mesh.model.node import Role
 from mesh.model.report import Problem
 from mesh.rules.program import Devices, Parameters
 from mesh.store import schema
+from mesh.store.election import Election
 from mesh.store.lease import LeaseHolder
 from mesh.store.sync import Follower
 
@@ -72,8 +73,7 @@ class Agent:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow(), name="follow")
                 if self._config.role is Role.MANAGER:
-                    controller = Controller(self._store, self._keys, self._config.node)
-                    tasks.create_task(controller.run(), name="controller")
+                    tasks.create_task(self._control(cluster), name="controller")
                 node = await self._numbered()
                 await self._network.sync()
                 tasks.create_task(self._keep_network(), name="network")
@@ -97,6 +97,11 @@ class Agent:
         if item is None or item.value != record:
             await self._store.put(key, record)
             log.info("registered node=%s", self._config.node)
+
+    async def _control(self, cluster: Cluster) -> None:
+        """Stand for election, and allocate while elected."""
+        election = Election(self._store, self._keys.leader, self._config.node, cluster.liveness_ttl)
+        await election.run(lambda guard: lead.lead(self._store, self._keys, guard))
 
     # ---- etcd
 
@@ -216,8 +221,7 @@ class Agent:
             watch.close()
 
     async def _sync_network(self) -> None:
-        try:
-            await self._network.sync()
-        except (ApplyFailed, CommandFailed, HostNotReady, StoreUnavailable) as error:
-            log.warning("network: %s", error)
-        self._changed.set()  # problems may have changed: report them
+        before = self._network.problems
+        await self._network.sync()
+        if self._network.problems != before:
+            self._changed.set()  # so that they are reported

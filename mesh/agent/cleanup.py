@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from mesh.agent import daemon
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, nftables
+from mesh.dataplane.nfnetlink import Socket
 from mesh.errors import StoreUnavailable
 from mesh.store import schema
 from mesh.store.etcd import EtcdStore
@@ -32,7 +34,8 @@ def run(config: AgentConfig) -> int:
 
 async def _remove(config: AgentConfig) -> None:
     keys = schema.Keys(config.etcd.prefix)
-    await nftables.remove()
+    with closing(Socket()) as netlink:
+        nftables.remove_tables(netlink)
     network = Network(config, State(keys, config.node))
     try:
         await network.remove()
@@ -45,7 +48,7 @@ async def _remove(config: AgentConfig) -> None:
 async def _sign_off(config: AgentConfig, keys: schema.Keys) -> None:
     """Tell the others at once; without etcd they notice when the lease runs out."""
     try:
-        store = await EtcdStore.connect(daemon.store_options(config))
+        store = EtcdStore(daemon.store_options(config))
         try:
             await store.delete(keys.alive(config.node))
             await store.delete(keys.applied(config.node))

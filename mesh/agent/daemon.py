@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from mesh.agent.agent import Agent
 from mesh.errors import HostNotReady, MeshError
-from mesh.store.etcd import EtcdOptions, EtcdStore
+from mesh.store.etcd import EtcdStore
+from mesh.store.etcd_channel import EtcdOptions
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -47,7 +48,7 @@ async def _serve(config: AgentConfig) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = await EtcdStore.connect(store_options(config))
+    store = EtcdStore(store_options(config))
     try:
         agent = asyncio.create_task(Agent(config, store).run())
         stopped = asyncio.create_task(stop.wait())

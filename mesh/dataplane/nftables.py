@@ -176,18 +176,23 @@ class NftablesDriver:
     async def remove(self) -> None:
         """Delete our tables, and nobody else's."""
         async with self._lock:
-            for family in (INET, BRIDGE):
-                try:
-                    self._socket.transact([nfmessages.delete_table(family)])
-                except Refused as refused:
-                    if refused.errno != errno.ENOENT:
-                        raise HostNotReady(
-                            f"nftables cannot delete table mesh: {refused.strerror}"
-                        ) from None
+            remove_tables(self._socket)
 
     def close(self) -> None:
         """Close the socket; the kernel keeps forwarding."""
         self._socket.close()
+
+
+def remove_tables(netlink: Socket) -> None:
+    """Delete our tables, if they are there.  Raises HostNotReady."""
+    for family in (INET, BRIDGE):
+        try:
+            netlink.transact([nfmessages.delete_table(family)])
+        except Refused as refused:
+            if refused.errno != errno.ENOENT:
+                raise HostNotReady(
+                    f"nftables cannot delete table mesh: {refused.strerror}"
+                ) from None
 
 
 @contextlib.contextmanager
