@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mesh.store.memory import MemoryStore
-from mesh.store.protocol import Put, Snapshot
-from mesh.store.sync import Follower
-from tests.support.stores import LIMIT, eventually, running
+from mesh.store.protocol import Put
+from tests.support.stores import following
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-
-class Picture:
-    """What a user of a follower knows, and how many times it was replaced."""
-
-    def __init__(self, follower: Follower) -> None:
-        self.follower = follower
-        self.items: dict[str, bytes] = {}
-        self.events: list[tuple[str, int]] = []
-        self.snapshots = 0
-
-    async def run(self) -> None:
-        async with aclosing(self.follower.updates()) as updates:
-            async for update in updates:
-                if isinstance(update, Snapshot):
-                    self.snapshots += 1
-                    self.items = {item.key: item.value for item in update.items}
-                    continue
-                for change in update.changes:
-                    self.events.append((change.key, change.revision))
-                    if change.value is None:
-                        self.items.pop(change.key, None)
-                    else:
-                        self.items[change.key] = change.value.value
-
-    async def shows(self, expected: dict[str, bytes]) -> None:
-        async with asyncio.timeout(LIMIT):
-            while self.items != expected:  # noqa: ASYNC110 - the follower has no event for this
-                await asyncio.sleep(0.01)
-
-    async def connects(self) -> None:
-        async def connected() -> bool:
-            return self.follower.connected
-
-        await eventually(connected)
 
 
 @pytest.fixture
@@ -57,14 +19,6 @@ async def store() -> AsyncIterator[MemoryStore]:
     store = MemoryStore()
     yield store
     await store.close()
-
-
-@asynccontextmanager
-async def following(store: MemoryStore, *prefixes: str) -> AsyncIterator[Picture]:
-    picture = Picture(Follower(store, *prefixes))
-    async with running(picture.run()):
-        await picture.connects()
-        yield picture
 
 
 async def test_the_picture_begins_with_everything_and_then_follows(store: MemoryStore) -> None:
@@ -95,7 +49,7 @@ async def test_an_outage_is_caught_up_with_event_by_event(store: MemoryStore) ->
 
         store.stop()
 
-        await eventually(lambda: is_lost(picture))
+        await picture.disconnects()
         assert picture.items == {"/a/1": b"1", "/a/2": b"2"}
         store.start()
         await store.put("/b/1", b"1")
@@ -112,7 +66,7 @@ async def test_an_outage_is_told_with_its_cause(store: MemoryStore) -> None:
         told = [picture.follower.cause]
 
         store.stop()
-        await eventually(lambda: is_lost(picture))
+        await picture.disconnects()
         told.append(picture.follower.cause)
 
     assert told[0] is None
@@ -123,7 +77,7 @@ async def test_what_was_compacted_during_an_outage_is_listed_again(store: Memory
     await store.put("/a/1", b"1")
     async with following(store, "/a/") as picture:
         store.stop()
-        await eventually(lambda: is_lost(picture))
+        await picture.disconnects()
         store.start()
         await store.delete("/a/1")
         revision = await store.put("/a/2", b"2")
@@ -159,7 +113,3 @@ async def test_a_wiped_store_that_has_grown_past_the_old_one_is_listed_again(
         await picture.shows({f"/a/{number}": b"new" for number in range(40)})
 
     assert picture.snapshots == 2
-
-
-async def is_lost(picture: Picture) -> bool:
-    return not picture.follower.connected

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 HEALTHY_WITHIN = 30.0
@@ -117,9 +117,12 @@ class Etcd:
     def compact(self, revision: int) -> None:
         self.gateway("kv/compaction", {"revision": str(revision), "physical": True})
 
-    def gateway(self, path: str, body: dict[str, object]) -> dict[str, object]:
+    def gateway(self, path: str, body: Mapping[str, object], token: str = "") -> dict[str, object]:
         """Call the server's JSON gateway: an administrator independent of the code under test."""
-        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(body).encode())
+        headers = {"Authorization": token} if token else {}
+        request = urllib.request.Request(
+            f"{self.url}/v3/{path}", json.dumps(body).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=10) as answer:
             reply: dict[str, object] = json.load(answer)
             return reply
