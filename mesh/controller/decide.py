@@ -123,12 +123,12 @@ class _Choice:
             number = allocator.next_fit(
                 lambda n: n in taken or n in reserved or Place(pool, n) in self._puts,
                 span,
-                span.start if pool == "nodes" else cursor,
+                cursor,
             )
         if number is None:
             self._waits.add(pool)
             return None
-        if pool != "nodes":
+        if pool != "nodes":  # low node numbers keep the address plan readable
             self._cursors[pool] = number + 1
         return Place(pool, number)
 

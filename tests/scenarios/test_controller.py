@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from mesh.model.publish import Protocol, PublishedPort
@@ -231,6 +232,19 @@ async def test_the_overlay_s_own_ports_cannot_be_published(world: Allocations, p
 
     assert await world.ports() == {f"tcp/{port}": ("b", 80)}
     assert await world.problems() == {"services/a": (f"{port}/udp",)}
+
+
+async def test_dynamic_ports_leave_out_the_overlay_s_own(world: Allocations) -> None:
+    around = (CLUSTER.steering_port - 1, CLUSTER.steering_port + 1)
+    cluster = msgspec.structs.replace(CLUSTER, ingress_ports=around)
+    await world.store.put(KEYS.cluster, encode(cluster))
+    await world.service("a", *(ingress(None, protocol=Protocol.UDP) for _ in range(3)))
+
+    async with world.controller():
+        await world.settled()
+
+    assert set(await world.ports()) == {f"udp/{port}" for port in around}
+    assert await world.problems() == {"services/a": ("80/udp",)}
 
 
 async def test_a_changed_target_is_noted_and_the_port_stays(world: Allocations) -> None:

@@ -24,6 +24,7 @@ def test_next_fit_starts_over_at_the_end() -> None:
 
 def test_a_cursor_outside_the_pool_means_its_start() -> None:
     assert allocator.next_fit(set[int]().__contains__, range(5, 7), 99) == 5
+    assert allocator.next_fit({5, 6}.__contains__, range(5, 7), 99) is None
 
 
 def test_a_full_pool_gives_nothing() -> None:
