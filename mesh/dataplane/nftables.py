@@ -71,7 +71,7 @@ class NftablesDriver:
             if loaded.schema != self._program.schema:
                 await self._create()
             elif (loaded.version, loaded.witness) != (self._program.version, witness):
-                await self._replace(sizes - program.STATIC_SIZES)
+                await self._replace((sizes | self._in_use()) - program.STATIC_SIZES)
             else:
                 self._sizes = sizes
                 _log.info("nftables program=adopted version=%x", self._program.version)
@@ -121,6 +121,12 @@ class NftablesDriver:
         with contextlib.suppress(FileNotFoundError):
             found = nfmessages.raw_elements(self._socket, "sizes")
             return frozenset(elements.mark_of(element[8:12]) for element in found)
+        return frozenset()
+
+    def _in_use(self) -> frozenset[int]:
+        """The pool sizes that frontends need, whatever became of their dispatch."""
+        with contextlib.suppress(FileNotFoundError):
+            return nft.sizes(nfmessages.read_elements(self._socket, elements.FRONTENDS))
         return frozenset()
 
     def _witness(self) -> int | None:

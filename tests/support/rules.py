@@ -1,0 +1,72 @@
+"""A node's program to load, elements for every set, and a network namespace to load them in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from mesh.dataplane import netns
+from mesh.model.cluster import Cluster
+from mesh.rules import elements
+from mesh.rules.program import Devices, Parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mesh.rules.elements import Elements, Part, SetSpec
+
+CLUSTER: Final = Cluster(id="test", prefix6="fd11:2233:4455::/48")
+DEVICES: Final = Devices("warren0", "warren-x0", "warren-br0", "02:4d:42:52:00:01")
+PARAMETERS: Final = Parameters.of(CLUSTER, 1, DEVICES)
+
+
+@contextmanager
+def namespace() -> Iterator[None]:
+    """A network namespace without a name, for the calling thread; gone with its last socket."""
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        netns.unshare(netns.CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            netns.setns(before, netns.CLONE_NEWNET)
+    finally:
+        os.close(before)
+
+
+def nft(*words: str) -> str:
+    """Run nft as another administrator would."""
+    done = subprocess.run(["nft", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _field(part: Part, number: int) -> bytes:
+    """The `number`th value of a field, below 65536."""
+    if part is elements.PROTO:
+        return elements.proto_bytes((6, 17)[number % 2])
+    if part is elements.PORT:
+        return elements.port_bytes(number + 1)
+    if part in (elements.MARK, elements.SLOT):
+        return elements.mark_bytes(number)
+    if part is elements.ZONE:
+        return elements.zone_bytes(number)
+    return number.to_bytes(part.width, "big")
+
+
+def _fields(parts: tuple[Part, ...], number: int) -> bytes:
+    return b"".join(_field(part, number) for part in parts)
+
+
+def samples(spec: SetSpec, count: int) -> Elements:
+    """`count` different elements of a set."""
+    found: Elements = {}
+    for number in range(1, count + 1):
+        key = _fields(spec.key, 4 * number)
+        if spec.interval:
+            # All parts but the last are points; the last spans two values.
+            key += _fields(spec.key[:-1], 4 * number) + _field(spec.key[-1], 4 * number + 1)
+        found[spec.name, key] = _fields(spec.data, number)
+    return found
