@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -31,48 +32,35 @@ _CONTEXT: Final = 2
 _LINE: Final = re.compile(r"(?:/dev/stdin:|line )(\d+)")
 
 
-async def run(
-    *argv: str, input: str | None = None, timeout: float = 30.0, as_file: bool = False
-) -> str:
+async def run(*argv: str, input: str | None = None, timeout: float = 30.0) -> str:
     """Run `argv` and return its standard output.  Raises CommandFailed.
 
-    `input` goes to standard input; `as_file` makes that a file in memory, for programs that open
-    /dev/stdin by name, which a pipe on uvloop (a socket) cannot serve.  `timeout` is in seconds.
-    The failing line of `input`, where the program names one, is attached to the error as a note.
+    `input` is standard input, as a file in memory: `wg` opens /dev/stdin by name, which a pipe
+    cannot always serve.  `timeout` is in seconds.  The failing line of `input`, where the program
+    names one, is attached to the error as a note.
     """
-    with _stdin(input if as_file else None) as file:
-        stdin = file if as_file else asyncio.subprocess.PIPE
-        if input is None:
-            stdin = asyncio.subprocess.DEVNULL
-        output, errors, status = await _communicate(
-            argv, stdin, None if as_file or input is None else input.encode(), timeout
-        )
-    if status:
-        raise _failure(argv, status, errors or output, input)
+    with _stdin(input) as stdin:
+        done = await asyncio.to_thread(_run, argv, stdin, timeout)
+    output, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    if done.returncode:
+        raise _failure(argv, done.returncode, errors or output, input)
     return output
 
 
-async def _communicate(
-    argv: tuple[str, ...], stdin: int, data: bytes | None, timeout: float
-) -> tuple[str, str, int]:
-    pipe = asyncio.subprocess.PIPE
+def _run(argv: tuple[str, ...], stdin: int, timeout: float) -> subprocess.CompletedProcess[bytes]:
+    """In a thread with subprocess, which uses vfork(2): asyncio on uvloop forks, and then gRPC's
+    fork handlers crash some children before they execute anything.
+    """
     try:
-        process = await asyncio.create_subprocess_exec(*argv, stdin=stdin, stdout=pipe, stderr=pipe)
+        return subprocess.run(argv, stdin=stdin, capture_output=True, timeout=timeout, check=False)
     except FileNotFoundError:
         raise CommandFailed(
             f"{argv[0]} is not installed: apt install {_package(argv[0])}"
         ) from None
     except OSError as error:
         raise CommandFailed(f"{argv[0]} cannot be started: {error.strerror}") from None
-    try:
-        output, errors = await asyncio.wait_for(process.communicate(data), timeout)
-    except TimeoutError:
+    except subprocess.TimeoutExpired:
         raise CommandFailed(f"{' '.join(argv)}: no end after {timeout:g} s, stopped") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return output.decode(errors="replace"), errors.decode(errors="replace"), process.returncode or 0
 
 
 def _package(program: str) -> str:
@@ -84,9 +72,9 @@ def _package(program: str) -> str:
 
 @contextmanager
 def _stdin(text: str | None) -> Iterator[int]:
-    """A nameless file with `text` in it, positioned at its start."""
+    """A nameless file with `text` in it, positioned at its start; without text the null device."""
     if text is None:
-        yield -1
+        yield subprocess.DEVNULL
         return
     descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC)
     try:
