@@ -105,7 +105,7 @@ def _scalar(value: object) -> str:
 
 def line(text: str, style: str | None = None) -> None:
     """Print one line of result."""
-    click.secho(printable(text), fg=style)
+    click.echo(printable(text) if style is None else click.style(printable(text), fg=style))
 
 
 def done(text: str) -> None:

@@ -89,3 +89,27 @@ class CommandLine:
         for protocol, published, target in ports:
             key = KEYS.port_allocation(protocol, published)
             self.put(key, {"service": service, "target": target})
+
+
+def add_web(cli: CommandLine) -> None:
+    """A service with two replicas; the second is not healthy."""
+    cli.allocate("web", 1, ("tcp", 8080, 80))
+    cli.ok("service", "create", "web", "-p", "8080:80", "--publish-mode", "ingress")
+    for number in (1, 2):
+        address = f"10.0.{number}.5"
+        cli.ok("task", "add", "web", f"web-{number}", "--node", f"n{number}", "-a", address)
+    unwell = {"service": "web", "healthy": False, "reason": "HTTP 500"}
+    cli.put(KEYS.health("n2", "web-2"), unwell)
+
+
+def start_cluster(cli: CommandLine) -> None:
+    """A cluster of two nodes and a manager that leads."""
+    cli.ok("cluster", "init", "--prefix6", "fd12:3456:789a::/48")
+    cli.add_node("n1", 1)
+    cli.add_node("n2", 2)
+    cli.put(KEYS.leader, b"n1")
+
+
+def words(table: str) -> list[list[str]]:
+    """The words of every line."""
+    return [line.split() for line in table.splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -171,8 +172,6 @@ def test_an_interrupt_ends_with_130_and_without_a_word() -> None:
 
 class _Slow(MemoryStore):
     async def get(self, key: str, revision: int = 0) -> KeyValue | None:
-        import asyncio
-
         await asyncio.sleep(0.1)
         return await super().get(key)
 
@@ -184,6 +183,18 @@ def test_a_long_wait_is_explained_on_stderr(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert result.exit_code == 0
     assert "waiting for etcd at http://192.0.2.7:2379" in result.stderr
+
+
+async def test_a_wait_that_is_over_is_not_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "PATIENCE", 0.0)
+
+    with output.patience("nothing"):
+        pass
+    await asyncio.sleep(0.01)
+
+    assert capsys.readouterr().err == ""
 
 
 def test_every_verb_has_help_that_lists_the_common_options(cli: CommandLine) -> None:
