@@ -155,6 +155,11 @@ class NodeNetwork:
         return f"02:4d:45:53:{self.number >> 8:02x}:{self.number & 0xFF:02x}"
 
     @property
+    def bridge_mac(self) -> str:
+        """The bridge's address: fixed, or it would change with the containers that come and go."""
+        return f"02:4d:45:42:{self.number >> 8:02x}:{self.number & 0xFF:02x}"
+
+    @property
     def link_local(self) -> str:
         """The steering device's IPv6 next-hop address."""
         return f"fe80::7:{self.number:x}"

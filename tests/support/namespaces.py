@@ -1,0 +1,62 @@
+"""Network namespaces with an event loop inside, as if each were a machine with its own agent."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mesh.dataplane import netns
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+T = TypeVar("T")
+
+
+def run(*argv: str) -> str:
+    """What a program printed; its failure shows what it said."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr or done.stdout}"
+    return done.stdout
+
+
+class Namespace:
+    """A namespace called `name`; coroutines run in it on a thread that lives there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        run("ip", "netns", "add", name)
+        self.sh("ip", "link", "set", "lo", "up")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
+
+    def sh(self, *argv: str) -> str:
+        """Run a program in the namespace."""
+        return run("ip", "netns", "exec", self.name, *argv)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the namespace."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+
+    def close(self) -> None:
+        """Remove the namespace and all that is in it."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        run("ip", "netns", "del", self.name)
+
+    def _live(self) -> None:
+        with netns.entered(f"/run/netns/{self.name}"):
+            self._loop.run_forever()
+
+
+def wire(one: Namespace, device: str, other: Namespace, far: str, *addresses: str) -> None:
+    """A cable between two namespaces; `addresses` belong to the end in `one`."""
+    one.sh("ip", "link", "add", device, "type", "veth", "peer", "name", far, "netns", other.name)
+    for address in addresses:
+        one.sh("ip", "addr", "add", address, "dev", device, *(["nodad"] if ":" in address else []))
+    one.sh("ip", "link", "set", device, "up")
+    other.sh("ip", "link", "set", far, "up")
