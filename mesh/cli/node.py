@@ -60,7 +60,7 @@ def join(name: str, force: bool, **given: Any) -> None:
         output.document({"node": name, "role": config.role, "config": str(path)})
         return
     output.done(f"Node {name} ({config.role.value}) may join: wrote {path}")
-    output.line(f"\nNext, as root: mesh agent --config {path}")
+    output.line(f"  Next, as root: mesh agent --config {path}")
 
 
 def _config(name: str, given: dict[str, Any]) -> AgentConfig:

@@ -143,14 +143,16 @@ def agent_config() -> AgentConfig:
 def etcd_config(*, read_file: bool = True) -> EtcdConfig:
     """How to reach etcd: the configuration file's answer, replaced field by field by options.
 
-    The default file is read only if this user may read it.  Raises BadUsage.
+    A file that only the environment or nobody names is read if this user can: before `node join`
+    there is none.  Raises BadUsage.
     """
     import msgspec
 
     from mesh.agent.config import EtcdConfig
 
-    given = setting("config") is not None or os.access(config_path(), os.R_OK)
-    base = agent_config().etcd if read_file and given else EtcdConfig()
+    named = setting("config") not in (None, os.environ.get("MESH_CONFIG"))
+    wanted = read_file and (named or os.access(config_path(), os.R_OK))
+    base = agent_config().etcd if wanted else EtcdConfig()
     with naming("etcd options"):
         return msgspec.structs.replace(base, **_etcd_fields())
 

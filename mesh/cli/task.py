@@ -108,6 +108,7 @@ def run(
     from mesh.containers.run import RunOptions, default_id, run_task
 
     logging.basicConfig(format="mesh: %(message)s", level=logging.WARNING)
+    logging.getLogger("mesh.containers").setLevel(logging.INFO)  # says when it is registered
     config = msgspec.structs.replace(options.agent_config(), etcd=options.etcd_config())
     wanted = RunOptions(
         service=service,

@@ -73,7 +73,7 @@ def test_join_writes_a_private_file_that_the_agent_reads(cli: CommandLine, tmp_p
 
     shown = cli.ok("node", "join", "n3", "--config", str(path), *options)
 
-    assert f"mesh agent --config {path}" in shown
+    assert shown.splitlines()[-1] == f"  Next, as root: mesh agent --config {path}"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [child.name for child in path.parent.iterdir()] == ["n3.toml"]
     assert config.load(path) == config.AgentConfig(
@@ -183,6 +183,17 @@ def test_options_win_over_the_environment_and_that_over_the_file(
     assert asked() == (("http://file:1",), "f")
     assert asked(**environment) == (("http://env:1", "http://env:2"), "e")
     assert asked("--etcd", "http://opt:1", **environment) == (("http://opt:1",), "e")
+
+
+def test_a_configuration_that_only_the_environment_names_may_be_missing(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    environment = {"MESH_CONFIG": str(tmp_path / "later.toml")}
+
+    assert cli.run("node", "ls", env=environment).exit_code == 0
+    assert cli.run("node", "join", "n3", env=environment).exit_code == 0
+    assert cli.run("agent", env={"MESH_CONFIG": str(tmp_path / "none")}).exit_code == 2
+    assert config.load(tmp_path / "later.toml").node == "n3"
 
 
 def test_the_schema_of_one_kind_accepts_what_the_verbs_write(cli: CommandLine) -> None:
