@@ -191,7 +191,7 @@ class OwnLab(Lab):
     async def end(self) -> None:
         """End the lab; returns when the last of its processes is gone."""
         self._close()
-        await control.gone(self._guard.pid)
+        await control.gone(self._guard.pid, control.END_SECONDS)
         self._guard.wait()
 
     async def ended(self) -> None:
@@ -301,6 +301,10 @@ async def kill(name: str, target: str, *, agent_only: bool) -> None:
 async def open_store(url: str) -> AsyncIterator[Store]:
     """The lab's etcd, as seen from the host."""
     from mesh.store.etcd import EtcdStore
+    from mesh.store.etcd_channel import EtcdOptions
 
-    raise NotImplementedError(url, EtcdStore)
-    yield
+    store = EtcdStore(EtcdOptions(endpoints=(url,)))
+    try:
+        yield store
+    finally:
+        await store.close()

@@ -19,6 +19,9 @@ from mesh import errors
 from mesh.lab import wire
 from mesh.lab.wire import LabStatus
 
+END_SECONDS: Final = 20.0
+"""A lab ends in some 50 ms; fifty nodes on a crowded machine take seconds."""
+
 _ABSTRACT: Final = re.compile(r" 00010000 .* @mesh-lab/(\d+)/(\S+)$")
 """A listening line of /proc/net/unix (the fourth field is __SO_ACCEPTCON)."""
 
@@ -69,11 +72,11 @@ async def status(name: str) -> LabStatus:
 async def down(name: str) -> None:
     """End the lab, and return when the last of its processes is gone.  Raises NotFound."""
     guard = await call(name, wire.Down())
-    await gone(guard)
+    await gone(guard, END_SECONDS)
 
 
-async def gone(pid: int) -> None:
-    """Return when the process has ended."""
+async def gone(pid: int, seconds: float | None = None) -> None:
+    """Return when the process has ended.  Raises MeshError if it has not in `seconds`."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -83,7 +86,13 @@ async def gone(pid: int) -> None:
         loop = asyncio.get_running_loop()
         loop.add_reader(descriptor, ended.set)
         try:
-            await ended.wait()
+            async with asyncio.timeout(seconds):
+                await ended.wait()
+        except TimeoutError:
+            raise errors.MeshError(
+                f"the lab's guard, process {pid}, still waits for the end of processes: "
+                "does process 1 here bury its orphans?"
+            ) from None
         finally:
             loop.remove_reader(descriptor)
     finally:

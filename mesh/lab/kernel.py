@@ -53,9 +53,9 @@ def mount(source: str, target: str, kind: str, flags: int = 0, options: str = ""
         raise OSError(number, f"mount: {os.strerror(number)}", target)
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when the thread that forked it ends."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when the thread that forked it ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def ending(pidfd: int, pid: int) -> Ending:

@@ -30,15 +30,10 @@ def answer(client: str) -> bytes:
     return json.dumps(said).encode() + b"\n"
 
 
-class _Datagrams(asyncio.DatagramProtocol):
-    """Answers every datagram."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-
-    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        assert isinstance(self._transport, asyncio.DatagramTransport)
-        self._transport.sendto(answer(addr[0]), addr)
+def _answer_datagram(own: socket.socket) -> None:
+    with suppress(OSError):  # of an earlier answer, which the client no longer waits for
+        _, client = own.recvfrom(_REQUEST_LIMIT)
+        own.sendto(answer(client[0]), client)
 
 
 async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,7 +70,8 @@ def _socket(kind: socket.SocketKind, port: int) -> socket.socket:
 async def _run(port: int, *, udp: bool) -> None:
     loop = asyncio.get_running_loop()
     if udp:
-        await loop.create_datagram_endpoint(_Datagrams, sock=_socket(socket.SOCK_DGRAM, port))
+        datagrams = _socket(socket.SOCK_DGRAM, port)
+        loop.add_reader(datagrams, _answer_datagram, datagrams)
     listener = _socket(socket.SOCK_STREAM, port)
     server = await asyncio.start_server(_serve, sock=listener, limit=_REQUEST_LIMIT, backlog=1024)
     await server.serve_forever()
