@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CHUNK = 200
+"""Services in one transaction at the start: about 2 600 elements, 10 ms."""
+
 _NODES = "/nodes"
 """The owner of what describes the nodes; no service can have a name with a slash."""
 
@@ -42,21 +45,37 @@ class Reconciler:
         self._failed: dict[str, Problem] = {}
 
     async def start(self) -> None:
-        """Take over what the kernel holds: same ids, and only the difference is written."""
+        """Take over what the kernel holds: same ids, and only the difference is written.
+
+        In chunks of whole services, so that ten thousand of them are neither one transaction nor
+        in memory at once; what nobody wants any more goes last.
+        """
         actual = await self._driver.read()
         node = self._state.node_view()
         assert node is not None, "start() comes after this node has its number"
         names = sorted(self._state.services())
         if actual:
-            views = (self._state.service_view(name) for name in names)
-            for view in views:
+            for view in map(self._state.service_view, names):
                 if view is not None:
                     nft.adopt(planner.plan(view, node), actual, self._ids)
-        self._stage(names, nodes=True)
-        delta = Delta.between(actual, self._ledger.elements())
-        log.info("adopted elements=%d remove=%d add=%d", len(actual), *_sizes(delta))
-        if delta:
-            await self._apply(delta)
+        log.info("adopting services=%d elements=%d", len(names), len(actual))
+        written = await self._start_with(actual, (), nodes=True)
+        for first in range(0, len(names), _CHUNK):
+            written += await self._start_with(actual, names[first : first + _CHUNK], nodes=False)
+        if actual:
+            await self._apply(Delta(actual, {}))
+        log.info("adopted written=%d removed=%d", written, len(actual))
+
+    async def _start_with(self, actual: Elements, names: Iterable[str], *, nodes: bool) -> int:
+        """Stage some services and write what of them is not in `actual`; takes it out of there."""
+        staged = self._stage(names, nodes=nodes).add
+        missing = {key: value for key, value in staged.items() if actual.get(key) != value}
+        changed = {key: actual[key] for key in missing if key in actual}
+        for key in staged:
+            actual.pop(key, None)
+        if missing:
+            await self._apply(Delta(changed, missing))
+        return len(missing)
 
     async def reconcile(self, touched: Touched) -> int:
         """Plan the touched services again and write what differs; how many elements that was."""
@@ -125,7 +144,3 @@ class Reconciler:
 
 def _without(actual: Elements, desired: Elements) -> Elements:
     return {key: value for key, value in actual.items() if desired.get(key) != value}
-
-
-def _sizes(delta: ElementDelta) -> tuple[int, int]:
-    return len(delta.remove), len(delta.add)

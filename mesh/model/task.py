@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 
 import msgspec
 
@@ -17,7 +18,14 @@ class TaskState(enum.Enum):
     DRAINING = "draining"
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+class Task(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    rename="camel",
+    forbid_unknown_fields=True,
+    gc=False,  # it cannot be part of a cycle, and there are tens of thousands
+):
     """One replica, as an orchestrator writes it.  `weight` 0 means: no new connections."""
 
     service: str
@@ -38,3 +46,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unk
             check_host(address)
         if not 0 <= self.weight <= 255:
             raise ValueError(f"weight {self.weight} is not in 0-255")
+        # One text for all tasks of a service or node, not one each.
+        msgspec.structs.force_setattr(self, "service", sys.intern(self.service))
+        msgspec.structs.force_setattr(self, "node", sys.intern(self.node))
