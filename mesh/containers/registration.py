@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -31,14 +32,18 @@ SETTLE_SECONDS: Final = 2.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Registration:
-    """Where a task is registered, and for how many seconds after its writer's death."""
+    """A task's place in etcd, where its record outlives its writer by `ttl` seconds at most.
+
+    `gone` is the revision at which it was withdrawn last; 0: not known to be.
+    """
 
     store: Store
     keys: Keys
     task: Task
     ttl: int
+    gone: int = 0
 
     @property
     def key(self) -> str:
@@ -75,20 +80,22 @@ class Registration:
                 _log.warning("task %s is not registered yet: %s", self.task.id, error)
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _withdraw(self, holder: LeaseHolder) -> None:
-        try:
-            async with asyncio.timeout(self.ttl):
-                revision = await self._delete()
-                await holder.stop()
-        except (StoreUnavailable, TimeoutError):
-            _log.warning("task %s: its record is left to expire in %d s", self.task.id, self.ttl)
-            return
+    async def settled(self) -> None:
+        """Wait until every living node took the withdrawn task out, SETTLE_SECONDS at most."""
         deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
-        while await self._is_used_before(revision):
+        while await self._is_used():
             if asyncio.get_running_loop().time() > deadline:
                 _log.warning("task %s: some node still has it in service", self.task.id)
                 return
             await asyncio.sleep(0.05)
+
+    async def _withdraw(self, holder: LeaseHolder) -> None:
+        try:
+            async with asyncio.timeout(self.ttl):
+                self.gone = await self._delete()
+                await holder.stop()
+        except (StoreUnavailable, TimeoutError):
+            _log.warning("task %s: its record is left to expire in %d s", self.task.id, self.ttl)
 
     async def _delete(self) -> int:
         """Delete the record if it is ours; the revision at which it is gone."""
@@ -98,19 +105,16 @@ class Registration:
         condition = Compare(self.key, found.mod_revision)
         return (await self.store.transact((condition,), (Delete(self.key),))).revision
 
-    async def _is_used_before(self, revision: int) -> bool:
+    async def _is_used(self) -> bool:
         """Whether a living node's kernel may still send new connections to the task."""
         alive, applied = self.keys.under("alive"), self.keys.under("applied")
         try:
             found = await self.store.list(alive, applied)
         except StoreUnavailable:
             return False
-        living = {
-            item.key.removeprefix(alive) for item in found.items if item.key.startswith(alive)
-        }
+        keys = {item.key for item in found.items}
         return any(
-            item.key.removeprefix(applied) in living
-            and schema.decode(item.key, item.value, Applied).revision < revision
+            item.key.replace(applied, alive, 1) in keys and _revision_in(item) < self.gone
             for item in found.items
             if item.key.startswith(applied)
         )
@@ -124,3 +128,11 @@ def _node_in(found: KeyValue | None) -> str | None:
         return schema.parse_task(found.key, found.value).node
     except InvalidRecord:
         return None
+
+
+def _revision_in(found: KeyValue) -> float:
+    """What a node's kernel has; one whose report nobody can read is not waited for."""
+    try:
+        return schema.decode(found.key, found.value, Applied).revision
+    except InvalidRecord:
+        return math.inf

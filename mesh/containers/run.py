@@ -251,6 +251,8 @@ async def _live(plan: _Plan, stop: asyncio.Event) -> int:
         await asyncio.to_thread(veth.connect, plan.pair, process.netns)
         await process.begin()
         await _registered(plan.registration, process, stop)
+        if stop.is_set():
+            await plan.registration.settled()
         return await process.stop(GRACE_SECONDS)
     finally:
         await process.stop(0)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,14 @@ def fetch(address: str, source: str | None = None) -> bytes:
         return connection.recv(100)
 
 
+async def serves(address: str) -> bool:
+    """Whether the server at `address` answers the node yet."""
+    try:
+        return await asyncio.to_thread(fetch, address) == b"hello"
+    except OSError:
+        return False
+
+
 @pytest.mark.usefixtures("bridge")
 async def test_two_containers_on_a_bridge_reach_each_other_and_the_node(
     store: MemoryStore, config: AgentConfig
@@ -88,20 +97,15 @@ async def test_two_containers_on_a_bridge_reach_each_other_and_the_node(
         first, second = (task for task in tasks if task is not None)
         node = await asyncio.create_subprocess_exec(*python(SERVE))
         try:
-            for family in FAMILIES:
-                index = FAMILIES.index(family)
-                gateway = NETWORK.gateway(family)
+            for index, family in enumerate(FAMILIES):
+                gateway, own, peer = (
+                    NETWORK.gateway(family), first.addresses[index], second.addresses[index],
+                )  # fmt: skip
+                for address in (gateway, own, peer):
+                    await until(partial(serves, address))
 
-                async def served(gateway: str = gateway) -> bool:
-                    try:
-                        return await asyncio.to_thread(fetch, gateway) == b"hello"
-                    except OSError:
-                        return False
-
-                await until(served)
                 source = netns_of(first)
-                assert await asyncio.to_thread(fetch, second.addresses[index]) == b"hello"
-                assert await asyncio.to_thread(fetch, second.addresses[index], source) == b"hello"
+                assert await asyncio.to_thread(fetch, peer, source) == b"hello"
                 assert await asyncio.to_thread(fetch, gateway, source) == b"hello"
         finally:
             node.kill()
@@ -171,9 +175,11 @@ async def test_the_link_has_the_bridges_mtu_and_one_address_per_family(bridge: s
         await process.stop(0)
 
 
-async def test_a_command_that_ignores_sigterm_is_killed_after_the_grace() -> None:
-    process = await Process.prepare(shell("trap '' TERM; echo; sleep 1000"), {})
+async def test_a_command_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    process = await Process.prepare(shell(f"trap '' TERM; touch {deaf}; sleep 1000"), {})
     await process.begin()
+    await until(deaf.exists)
 
     assert await process.stop(0.2) == 128 + signal.SIGKILL
 

@@ -130,9 +130,11 @@ async def test_a_stopping_task_runs_until_every_living_node_took_it_out(
     def applied(revision: int) -> bytes:
         return schema.encode(Applied(revision=revision, backend="memory", version="1"))
 
-    await store.put(KEYS.alive("n2"), b"")
+    for node in ("n2", "odd"):
+        await store.put(KEYS.alive(node), b"")
     for node in ("n2", "dead"):
         await store.put(KEYS.applied(node), applied(1))
+    await store.put(KEYS.applied("odd"), b"nonsense")
     options = run.RunOptions("web", "web-1", shell("sleep 1000"))
     async with running(store, config, options) as task:
         task.stop.set()
