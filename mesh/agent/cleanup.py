@@ -10,14 +10,13 @@ import logging
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from mesh.agent import daemon
+from mesh.agent import etcd
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, nftables
 from mesh.dataplane.nfnetlink import Socket
 from mesh.errors import StoreUnavailable
 from mesh.store import schema
-from mesh.store.etcd import EtcdStore
 
 if TYPE_CHECKING:
     from mesh.agent.config import AgentConfig
@@ -48,11 +47,8 @@ async def _remove(config: AgentConfig) -> None:
 async def _sign_off(config: AgentConfig, keys: schema.Keys) -> None:
     """Tell the others at once; without etcd they notice when the lease runs out."""
     try:
-        store = EtcdStore(daemon.store_options(config))
-        try:
+        async with etcd.opened(config.etcd) as store:
             await store.delete(keys.alive(config.node))
             await store.delete(keys.applied(config.node))
-        finally:
-            await store.close()
     except StoreUnavailable as error:
         log.warning("etcd was not told: %s", error)

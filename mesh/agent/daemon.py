@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mesh.agent import etcd
 from mesh.agent.agent import Agent
 from mesh.errors import HostNotReady, MeshError
-from mesh.store.etcd import EtcdStore
-from mesh.store.etcd_channel import EtcdOptions
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -48,22 +47,18 @@ async def _serve(config: AgentConfig) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = EtcdStore(store_options(config))
-    try:
+    async with etcd.opened(config.etcd) as store:
         agent = asyncio.create_task(Agent(config, store).run())
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({agent, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         agent.cancel()
-        await asyncio.gather(stopped, return_exceptions=True)
         try:
             await agent
         except asyncio.CancelledError:
             log.info("stopped; forwarding goes on")
         except BaseExceptionGroup as group:
             raise _cause(group) from group
-    finally:
-        await store.close()
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -73,19 +68,6 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
-
-
-def store_options(config: AgentConfig) -> EtcdOptions:
-    """How this node reaches etcd."""
-    etcd = config.etcd
-    return EtcdOptions(
-        endpoints=etcd.endpoints,
-        user=etcd.user,
-        password=etcd.password,
-        ca=etcd.ca,
-        cert=etcd.cert,
-        key=etcd.key,
-    )
 
 
 @contextmanager

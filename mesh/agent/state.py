@@ -91,7 +91,9 @@ class State:
         for touched in self._applied(event):
             services |= touched.services
             nodes |= touched.nodes
-        self.revision = event.revision
+        # Events of two prefixes may arrive out of order; only a snapshot can go back.
+        known = 0 if isinstance(event, Snapshot) else self.revision
+        self.revision = max(known, event.revision)
         for name in tuple(services):
             services |= self._claim(name)
         return Touched(frozenset(services), nodes)

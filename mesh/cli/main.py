@@ -94,23 +94,10 @@ class Root(options.Noun):
 @asynccontextmanager
 async def open_etcd(etcd: EtcdConfig) -> AsyncIterator[Store]:
     """The store of production."""
-    from mesh.store.etcd import EtcdStore
-    from mesh.store.etcd_channel import EtcdOptions
+    from mesh.agent import etcd as connection
 
-    store = EtcdStore(
-        EtcdOptions(
-            endpoints=etcd.endpoints,
-            user=etcd.user,
-            password=etcd.password,
-            ca=etcd.ca,
-            cert=etcd.cert,
-            key=etcd.key,
-        )
-    )
-    try:
+    async with connection.opened(etcd) as store:
         yield store
-    finally:
-        await store.close()
 
 
 @click.command(
