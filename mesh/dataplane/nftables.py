@@ -153,15 +153,37 @@ class NftablesDriver:
                 )
 
     async def apply(self, delta: ElementDelta) -> None:
-        """Apply a change in one transaction.  Raises ApplyFailed with the culprit element."""
+        """Apply a change in one transaction.  Raises ApplyFailed with the culprit element.
+
+        Targets that changed frontends no longer point at go in a second one: a packet that has
+        read the old mark on another processor would not find them, and be lost.
+        """
         async with self._lock:
             missing = nft.sizes(delta.add) - self._sizes
             if missing:
                 await self._add_sizes(missing)
             if len(delta) <= _IN_LOOP:
-                self._commit(_pack(delta))
+                self._change(delta)
             else:
-                await asyncio.to_thread(lambda: self._commit(_pack(delta)))
+                await asyncio.to_thread(self._change, delta)
+
+    def _change(self, delta: ElementDelta) -> None:
+        now, orphans = _packed(delta)
+        self._commit(now)
+        if orphans:
+            self._sweep(orphans)
+
+    def _sweep(self, orphans: list[Chunk]) -> None:
+        """Delete targets that nothing points at.  One that is gone already is as it should be."""
+        try:
+            self._socket.transact([chunk.message for chunk in orphans])
+        except Refused as refused:
+            if refused.errno != errno.ENOENT:
+                raise _explained(refused, orphans) from None
+            there = nfmessages.read_elements(self._socket, {chunk.name for chunk in orphans})
+            for chunk in orphans:
+                keys = (key for key in chunk.keys if (chunk.name, key) in there)
+                self._commit(list(nfmessages.removals(chunk.name, keys)))
 
     async def _add_sizes(self, sizes: frozenset[int]) -> None:
         try:
@@ -213,12 +235,18 @@ def _reading() -> Iterator[None]:
         raise HostNotReady(f"nftables cannot be read: {error.strerror or error}") from None
 
 
-def _pack(delta: ElementDelta) -> list[Chunk]:
-    """Frontends go first and come last, so that a split change never points at nothing."""
+def _packed(delta: ElementDelta) -> tuple[list[Chunk], list[Chunk]]:
+    """The change, and the deletion of targets that have to outlive it for a moment.
+
+    Frontends go first and come last, so that a split change never points at nothing.
+    """
     gone: dict[str, list[bytes]] = {}
+    orphans: dict[str, list[bytes]] = {}
     new: dict[str, list[tuple[bytes, bytes]]] = {}
-    for name, key in delta.remove:
-        gone.setdefault(name, []).append(key)
+    for element in delta.remove:
+        name, key = element
+        orphaned = name in elements.TARGETS and element not in delta.add
+        (orphans if orphaned else gone).setdefault(name, []).append(key)
     for (name, key), data in delta.add.items():
         new.setdefault(name, []).append((key, data))
     chunks: list[Chunk] = []
@@ -226,7 +254,8 @@ def _pack(delta: ElementDelta) -> list[Chunk]:
         chunks += nfmessages.removals(name, gone[name])
     for name in sorted(new, key=elements.FRONTENDS.__contains__):
         chunks += nfmessages.additions(name, new[name])
-    return chunks
+    late = [chunk for name, keys in orphans.items() for chunk in nfmessages.removals(name, keys)]
+    return (chunks, late) if chunks else (late, [])
 
 
 _REASONS: Final = {

@@ -91,6 +91,9 @@ FRONTENDS: Final = frozenset(
 )
 """The maps whose data is a frontend's mark."""
 
+TARGETS: Final = frozenset(f"targets{family.suffix}" for family in FAMILIES)
+"""The maps from such a mark and a slot to a backend."""
+
 
 def port_bytes(port: int) -> bytes:
     """A port as a padded field."""

@@ -1,0 +1,165 @@
+"""One node with its program, two containers on its bridge, and a client on its network."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mesh.dataplane import netns
+from mesh.dataplane.nftables import NftablesDriver
+from mesh.delta import Delta
+from mesh.model.address import FAMILIES, Family
+from mesh.rules import nft
+from mesh.rules.ids import Ids
+from tests.support import rules
+from tests.support.echo import EchoServers
+from tests.support.namespaces import Namespace, wire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mesh.rules.elements import Elements
+    from mesh.rules.forwarding import Forwarding
+
+NETWORK: Final = rules.PARAMETERS.network
+CONTAINERS: Final = ("c1", "c2")
+SERVER_PORT: Final = 8080
+
+_PREFIX: Final = "fd11:2233:4455"
+ADDRESSES: Final[dict[str, tuple[str, str]]] = {
+    "client": ("192.0.2.10", "2001:db8::10"),
+    "node": ("192.0.2.1", "2001:db8::1"),
+    "overlay": (NETWORK.overlay[0], NETWORK.overlay[1]),
+    "gateway": (NETWORK.gateway(Family.V4), NETWORK.gateway(Family.V6)),
+    "loopback": ("127.0.0.1", "::1"),
+    "c1": ("10.0.1.2", f"{_PREFIX}:1::2"),
+    "c2": ("10.0.1.3", f"{_PREFIX}:1::3"),
+}
+"""IPv4 and IPv6 address of everything with a name."""
+
+CROWD: Final = tuple((f"192.0.2.{n}", f"2001:db8::{n:x}") for n in range(100, 116))
+"""More addresses of the client."""
+
+_SYSCTLS: Final = {
+    "ipv4/ip_forward": "1",
+    "ipv6/conf/all/forwarding": "1",
+    "ipv4/conf/all/rp_filter": "1",
+    "ipv4/conf/default/rp_filter": "1",
+    "ipv4/conf/all/send_redirects": "0",
+    "ipv4/conf/default/send_redirects": "0",
+    # Refusals are what is tested; the kernel would answer one a second.
+    "ipv4/icmp_ratelimit": "0",
+    "ipv6/icmp/ratelimit": "0",
+    "bridge/bridge-nf-call-iptables": "0",
+    "bridge/bridge-nf-call-ip6tables": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OneNode:
+    """The world, and the driver that loaded its program."""
+
+    node: Namespace
+    client: Namespace
+    driver: NftablesDriver
+    servers: EchoServers
+    ids: Ids
+
+    def publish(self, forwardings: Iterable[Forwarding]) -> None:
+        """Install forwardings, this node's addresses and its containers, and nothing else."""
+        wanted = self.lowered(forwardings)
+
+        async def install() -> None:
+            await self.driver.apply(Delta.between(await self.driver.read(), wanted))
+
+        self.node.run(install())
+
+    def lowered(self, forwardings: Iterable[Forwarding]) -> Elements:
+        """The elements of forwardings, of this node's addresses and of its containers."""
+        own = (a for name in ("node", "overlay", "gateway") for a in ADDRESSES[name])
+        wanted = nft.lower_nodes(own)
+        wanted |= nft.lower_hairpins(a for name in CONTAINERS for a in ADDRESSES[name])
+        for forwarding in forwardings:
+            wanted |= nft.lower(forwarding, self.ids)
+        return wanted
+
+
+@contextmanager
+def one_node() -> Iterator[OneNode]:
+    """Build it all; take it down again."""
+    with ExitStack() as stack:
+
+        def namespace(name: str) -> Namespace:
+            made = Namespace(name)
+            stack.callback(made.close)
+            _write_sysctls(name, {"ipv6/conf/default/accept_dad": "0"})
+            return made
+
+        node, client = namespace("node"), namespace("client")
+        _configure(node)
+        wire(node, "under0", client, "eth0", *_with_lengths("node", 24, 64))
+        _settle(client, "client", "node", 24, 64)
+        for address in (f"{a}/{n}" for pair in CROWD for a, n in zip(pair, (24, 64), strict=True)):
+            # Never chosen as a source by the kernel, only by who binds to it.
+            words = ("dev", "eth0", *_nodad(address), "preferred_lft", "0")
+            client.sh("ip", "addr", "add", address, *words)
+        servers = EchoServers()
+        stack.callback(servers.close)
+        for name in CONTAINERS:
+            container = namespace(name)
+            wire(node, name, container, "eth0")
+            node.sh("ip", "link", "set", name, "master", rules.DEVICES.bridge)
+            _settle(container, name, "gateway", 24, 64)
+            servers.start(name, name, SERVER_PORT)
+        with netns.entered("/run/netns/node"):
+            driver = NftablesDriver(rules.PARAMETERS)
+        stack.callback(driver.close)
+        node.run(driver.prepare())
+        yield OneNode(node, client, driver, servers, Ids())
+
+
+def _with_lengths(name: str, *lengths: int) -> list[str]:
+    return [f"{a}/{n}" for a, n in zip(ADDRESSES[name], lengths, strict=True)]
+
+
+def _configure(node: Namespace) -> None:
+    """The node's devices, as its agent makes them; a link to nowhere stands for WireGuard."""
+    _write_sysctls(node.name, _SYSCTLS)
+    devices = rules.DEVICES
+    bridge = ("name", devices.bridge, "address", devices.bridge_mac, "type", "bridge")
+    node.sh("ip", "link", "add", *bridge)
+    node.sh("ip", "link", "add", devices.overlay, "type", "veth", "peer", "name", "nowhere")
+    node.sh("ip", "link", "set", "nowhere", "up")
+    for device, addresses in (
+        (devices.bridge, _with_lengths("gateway", 24, 64)),
+        (devices.overlay, _with_lengths("overlay", 32, 128)),
+    ):
+        for address in addresses:
+            node.sh("ip", "addr", "add", address, "dev", device, *_nodad(address))
+        node.sh("ip", "link", "set", device, "up")
+    for family in FAMILIES:
+        source = NETWORK.overlay_address(family)
+        vips = rules.CLUSTER.vips(family)
+        node.sh("ip", "route", "add", vips, "dev", devices.overlay, "src", source)
+
+
+def _write_sysctls(namespace: str, wanted: dict[str, str]) -> None:
+    with netns.entered(f"/run/netns/{namespace}"):
+        for name, value in wanted.items():
+            path = Path("/proc/sys/net") / name
+            if path.exists():  # not every kernel has br_netfilter
+                path.write_text(value)
+
+
+def _settle(namespace: Namespace, name: str, gateway: str, *lengths: int) -> None:
+    """Give eth0 its addresses and default routes."""
+    for address in _with_lengths(name, *lengths):
+        namespace.sh("ip", "addr", "add", address, "dev", "eth0", *_nodad(address))
+    for address in ADDRESSES[gateway]:
+        namespace.sh("ip", "route", "add", "default", "via", address)
+
+
+def _nodad(address: str) -> list[str]:
+    return ["nodad"] if ":" in address else []
