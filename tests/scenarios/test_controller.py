@@ -122,12 +122,17 @@ async def test_freed_vips_rest_until_the_others_were_used(world: Allocations) ->
         await world.settled()
         await world.store.delete(KEYS.service("a"))
         await world.settled()
-    await world.service("b")
-
+        await world.service("b")
+        await world.settled()
+        same_term = await world.vips()
+        await world.store.delete(KEYS.service("b"))
+        await world.settled()
+    await world.service("c")
     async with world.controller():
         await world.settled()
 
-    assert await world.vips() == {"b": (2,)}
+    assert same_term == {"b": (2,)}
+    assert await world.vips() == {"c": (3,)}
 
 
 async def test_vips_that_ran_out_are_reported_and_given_when_one_is_freed(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import pytest
 
 from mesh.controller.lead import lead
 from mesh.model.allocation import VipAllocation
 from mesh.store.memory import MemoryStore
+from mesh.store.protocol import TransactionResult
 from mesh.store.schema import encode
 from tests.support.allocations import CLUSTER, KEYS, Allocations, ingress
 from tests.support.stores import LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mesh.store.protocol import Compare, Delete, Put
 
 
 @pytest.fixture
@@ -64,6 +72,98 @@ async def test_nothing_is_freed_or_given_without_a_cluster_record(
 
     assert untouched
     assert await world.vips() == {"b": (2,)}
+
+
+async def test_a_cluster_record_that_is_lost_stops_everything(world: Allocations) -> None:
+    async with world.controller() as task:
+        await world.service("a")
+        await world.settled()
+        await world.store.delete(KEYS.cluster)
+        await world.store.delete(KEYS.service("a"))
+        await asyncio.wait({task}, timeout=0.2)
+
+        assert await world.vips() == {"a": (1,)}
+
+
+async def test_the_last_good_version_of_an_unreadable_service_goes_on_waiting(
+    world: Allocations,
+) -> None:
+    await world.service("a", ingress(8080))
+    await world.service("b", ingress(8080))
+    async with world.controller():
+        await world.settled()
+        await world.store.put(KEYS.service("b"), b"?")
+        await world.settled()
+        problems = await world.problems()
+        await world.store.delete(KEYS.service("a"))
+        await world.settled()
+
+    assert problems == {"services/b": ("record", "8080/tcp")}
+    assert await world.ports() == {"tcp/8080": ("b", 80)}
+
+
+class Reluctant(MemoryStore):
+    """A store that refuses the next transaction, as though a condition did not hold."""
+
+    refuses = False
+
+    async def transact(
+        self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
+    ) -> TransactionResult:
+        if self.refuses:
+            self.refuses = False
+            return TransactionResult(False, 0)
+        return await super().transact(conditions, operations)
+
+
+async def test_a_refused_transaction_is_decided_again_and_nothing_is_forgotten() -> None:
+    store = Reluctant()
+    world = Allocations(store)
+    await store.put(KEYS.cluster, encode(CLUSTER))
+    await world.service("a", ingress(8080))
+    await world.service("b", ingress(8080))
+    async with world.controller():
+        await world.settled()
+        await store.put(KEYS.service("b"), b"?")
+        await world.settled()
+        store.refuses = True
+        await world.service("c")
+        await world.settled()
+        await store.delete(KEYS.service("a"))
+        await world.settled()
+
+    assert await world.vips() == {"b": (2,), "c": (3,)}
+    assert await world.ports() == {"tcp/8080": ("b", 80)}
+
+
+async def test_an_allocation_somebody_gives_to_a_ghost_is_taken_back(world: Allocations) -> None:
+    await world.service("a")
+    ghost = VipAllocation(service="ghost", addresses=("10.1.0.1", "fd00:1:0:f000::1"))
+    async with world.controller():
+        await world.settled()
+        await world.store.put(KEYS.vip_allocation(1), encode(ghost))
+        await world.settled()
+
+    assert await world.vips() == {"a": (2,)}
+
+
+async def test_a_port_that_changes_hands_is_nobody_s_problem(world: Allocations) -> None:
+    await world.service("a", ingress(8080), vip="10.1.0.3")
+    async with world.controller():
+        await world.settled()
+    await world.service("b", ingress(8080), vip="10.1.0.3")
+    await world.store.delete(KEYS.service("a"))
+    before = (await world.store.list("/")).revision
+    async with world.controller():
+        await world.settled()
+
+    assert await world.ports() == {"tcp/8080": ("b", 80)}
+    assert await world.vips() == {"b": (3,)}
+    async with aclosing(world.store.watch({KEYS.under("status/services"): before})) as stream:
+        await anext(stream)
+        await world.store.put(KEYS.status("services", "end"), b"{}")
+        first = await anext(stream)
+    assert [change.key for change in first.changes] == [KEYS.status("services", "end")]
 
 
 async def test_an_allocation_that_cannot_be_read_is_given_to_nobody(world: Allocations) -> None:

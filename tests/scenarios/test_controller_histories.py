@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -17,6 +18,7 @@ from mesh.errors import StoreUnavailable
 from mesh.model.publish import Protocol, PublishedPort, PublishMode
 from mesh.model.service import ServiceSpec
 from mesh.store.memory import MemoryStore
+from mesh.store.protocol import Put
 from mesh.store.schema import encode
 from mesh.vip import allocator
 from tests.support.allocations import CLUSTER, KEYS, Allocations, ingress
@@ -25,7 +27,7 @@ from tests.support.stores import LIMIT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mesh.store.protocol import Compare, Delete, Put, TransactionResult
+    from mesh.store.protocol import Compare, Delete, TransactionResult
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f", "g", "h"])
 PORTS = st.lists(
@@ -62,12 +64,30 @@ class FaultyStore(MemoryStore):
         fault = self.faults.pop() if self.faults else ""
         if fault == "before":
             raise StoreUnavailable("the request was lost")
-        result = await super().transact(conditions, operations)
+        result = await self._watched(conditions, operations)
         for _ in range(self.delay):
             await asyncio.sleep(0)
         if fault == "after":
             raise StoreUnavailable("the answer was lost")
         return result
+
+    async def _watched(
+        self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
+    ) -> TransactionResult:
+        before = {op.key: await self.get(op.key) for op in operations}
+        result = await super().transact(conditions, operations)
+        for operation in operations if result.succeeded else ():
+            old = before[operation.key]
+            if old is None or not operation.key.startswith(KEYS.under("allocations")):
+                continue
+            if isinstance(operation, Put) and _owner(operation.value) != _owner(old.value):
+                self.thefts.append(operation.key)
+        return result
+
+
+def _owner(value: bytes) -> object:
+    record = msgspec.json.decode(value)
+    return record.get("service", record.get("node")) if isinstance(record, dict) else None
 
 
 class Histories(RuleBasedStateMachine):
@@ -122,6 +142,11 @@ class Histories(RuleBasedStateMachine):
     def leader_is_deposed_and_does_not_know(self) -> None:
         self.run(self._elect())
 
+    @rule()
+    def leader_has_a_twin(self) -> None:
+        """Fencing failed: two leaders, and both may write."""
+        self.run(self._lead())
+
     @rule(fault=st.sampled_from(["before", "after"]), delay=st.integers(0, 3))
     def store_falters(self, fault: str, delay: int) -> None:
         self.store.faults.append(fault)
@@ -147,8 +172,11 @@ class Histories(RuleBasedStateMachine):
                 self.runner.close()
 
     async def _elect(self) -> None:
-        guard = await self.world.elect()
-        self.leaders.append(asyncio.create_task(lead(self.store, KEYS, guard)))
+        self.guard = await self.world.elect()
+        await self._lead()
+
+    async def _lead(self) -> None:
+        self.leaders.append(asyncio.create_task(lead(self.store, KEYS, self.guard)))
 
     async def _crash(self) -> None:
         for task in self.leaders:
@@ -160,13 +188,14 @@ class Histories(RuleBasedStateMachine):
     async def _settle(self) -> None:
         async with asyncio.timeout(LIMIT):
             while (wrong := await self._wrong()) is not None:
-                if self.leaders[-1].done():
+                if all(task.done() for task in self.leaders):
                     await self._crash()
                     await self._elect()
                 try:
                     await asyncio.sleep(0.002)
                 except asyncio.CancelledError:
                     raise AssertionError(wrong) from None
+        assert self.store.thefts == []
         await self._stays()
 
     async def _wrong(self) -> str | None:

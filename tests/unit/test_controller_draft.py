@@ -1,0 +1,117 @@
+"""What a draft demands of the store, so that decisions made on an old picture do no harm."""
+
+from __future__ import annotations
+
+import pytest
+
+from mesh.controller.draft import Draft
+from mesh.controller.picture import Picture
+from mesh.store.memory import MemoryStore
+from mesh.store.protocol import MAX_OPERATIONS, Change
+from mesh.store.schema import encode
+from tests.support.allocations import CLUSTER, KEYS, Allocations, ingress
+
+
+@pytest.fixture
+async def world() -> Allocations:
+    world = Allocations(MemoryStore())
+    await world.store.put(KEYS.cluster, encode(CLUSTER))
+    return world
+
+
+async def drafted(world: Allocations) -> Draft:
+    """What a controller would write now."""
+    picture = Picture(KEYS, {})
+    picture.load((await world.store.list("/")).items)
+    draft = Draft(picture)
+    draft.fill()
+    return draft
+
+
+async def succeeds(world: Allocations, draft: Draft) -> bool:
+    result = await world.store.transact(draft.conditions, draft.operations)
+    return result.succeeded
+
+
+async def test_a_place_that_was_given_meanwhile_is_not_given_again(world: Allocations) -> None:
+    await world.service("a")
+    for_a = await drafted(world)
+    await world.store.delete(KEYS.service("a"))
+    await world.service("b")
+    for_b = await drafted(world)
+
+    assert await succeeds(world, for_a)
+    assert not await succeeds(world, for_b)
+    assert await world.vips() == {"a": (1,)}
+
+
+async def test_a_place_that_changed_hands_meanwhile_is_not_freed(world: Allocations) -> None:
+    await world.service("a", ingress(8080), vip="none")
+    assert await succeeds(world, await drafted(world))
+    await world.store.delete(KEYS.service("a"))
+    late = await drafted(world)
+    assert await succeeds(world, await drafted(world))
+    await world.service("b", ingress(8080), vip="none")
+    assert await succeeds(world, await drafted(world))
+
+    assert not await succeeds(world, late)
+    assert await world.ports() == {"tcp/8080": ("b", 80)}
+
+
+async def test_a_place_that_changed_hands_meanwhile_is_not_rewritten(world: Allocations) -> None:
+    await world.service("a", ingress(8080, 80), vip="none")
+    assert await succeeds(world, await drafted(world))
+    await world.service("a", ingress(8080, 81), vip="none")
+    late = await drafted(world)
+    await world.store.delete(KEYS.service("a"))
+    assert await succeeds(world, await drafted(world))
+    await world.service("b", ingress(8080), vip="none")
+    assert await succeeds(world, await drafted(world))
+
+    assert not await succeeds(world, late)
+    assert await world.ports() == {"tcp/8080": ("b", 80)}
+
+
+async def test_services_too_many_for_one_transaction_take_several(world: Allocations) -> None:
+    for number in range(300):
+        await world.service(f"s{number}", ingress(2000 + number), vip="none")
+    picture = Picture(KEYS, {})
+    picture.load((await world.store.list("/")).items)
+
+    sizes = []
+    while picture.has_marked():
+        draft = Draft(picture)
+        draft.fill()
+        sizes.append(len(draft.operations))
+        result = await world.store.transact(draft.conditions, draft.operations)
+        draft.committed(result.revision)
+
+    assert len(await world.ports()) == 300
+    assert max(sizes) < MAX_OPERATIONS
+    assert min(sizes) > 0
+
+
+async def test_what_was_freed_stays_free_when_the_watch_tells_of_the_gift(
+    world: Allocations,
+) -> None:
+    await world.service("a")
+    picture = Picture(KEYS, {})
+    picture.load((await world.store.list("/")).items)
+    given = await committed(world, picture)
+    item = await world.store.get(KEYS.vip_allocation(1))
+    picture.observe([Change(KEYS.service("a"), None, given + 1)])
+    await committed(world, picture)
+
+    picture.observe([Change(KEYS.vip_allocation(1), item, given)])
+
+    assert picture.taken["vips"] == {}
+
+
+async def committed(world: Allocations, picture: Picture) -> int:
+    """The revision at which everything that is missing in the picture was written."""
+    draft = Draft(picture)
+    draft.fill()
+    result = await world.store.transact(draft.conditions, draft.operations)
+    assert result.succeeded
+    draft.committed(result.revision)
+    return result.revision
