@@ -123,7 +123,9 @@ def test_a_snapshot_replaces_what_was_known() -> None:
 
 
 def test_a_vip_outside_the_clusters_range_is_not_believed() -> None:
-    hostile = {KEYS.vip_allocation(1): {"service": "web", "addresses": ["192.0.2.1", "10.1.0.9"]}}
+    hostile: dict[str, records.Record] = {
+        KEYS.vip_allocation(1): {"service": "web", "addresses": ["192.0.2.1", "10.1.0.9"]}
+    }
 
     state = _state(records.service("web", WEB), hostile)
 
