@@ -49,11 +49,13 @@ _TRANSIENT: Final = frozenset({
 })  # fmt: skip
 
 _REMEDIES: Final = {
-    grpc.StatusCode.UNAUTHENTICATED: "check user and password",
-    grpc.StatusCode.PERMISSION_DENIED: "grant this user the prefix, or check who it is",
-    grpc.StatusCode.INVALID_ARGUMENT: "check user, password and certificate",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "compact and defragment etcd, then disarm its alarm",
+    "user name is empty": "give it user and password",
+    "authentication failed": "check user and password",
+    "permission denied": "grant this user the keys, or check which user this is",
+    "too large": "make the record smaller",
+    "space exceeded": "compact and defragment etcd, then disarm its alarm",
 }
+"""What to do about words of etcd's errors; its own client knows them by their text as well."""
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
@@ -215,7 +217,8 @@ class Link:
             return LeaseLost(details)
         if "invalid auth token" in details or "revision of auth store is old" in details:
             return _TokenRefused(details)
-        remedy = _REMEDIES.get(code, "see etcd's log")
+        remedies = (remedy for words, remedy in _REMEDIES.items() if words in details)
+        remedy = next(remedies, "see etcd's log")
         return StoreUnavailable(f"etcd at {self.endpoint} refuses: {details}; {remedy}")
 
 
@@ -235,7 +238,11 @@ class Connection:
         """
         loop, pause, attempts = asyncio.get_running_loop(), _FIRST_PAUSE, 0
         end = loop.time() + self.options.timeout
-        share = self.options.timeout / len(self.options.endpoints) if repeatable else end
+        share = (
+            self.options.timeout / len(self.options.endpoints)
+            if repeatable
+            else self.options.timeout
+        )
         while True:
             link = self.link()
             try:

@@ -107,7 +107,6 @@ class MemoryStore:
         if not self._running:
             raise WatchLost("the store is stopped")
         epoch, seen, positions = self._epoch, min(since.values()), dict(since)
-        self._check_kept(seen)
         yield Changes((), self._revision)
         while True:
             committed = self._committed

@@ -358,7 +358,7 @@ async def test_a_user_may_do_what_its_role_allows_and_is_told_otherwise(guarded:
     ):
         async with connected(wrong) as store:
             began = time.monotonic()
-            with pytest.raises(StoreUnavailable, match="check user"):
+            with pytest.raises(StoreUnavailable, match="user and password"):
                 await store.get("/a/1")
             assert time.monotonic() - began < 2
     assert "secret" not in repr(options)
