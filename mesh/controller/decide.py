@@ -7,7 +7,7 @@ nobody else holds is taken; everything else that is held is freed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 from mesh.controller.picture import PORT_POOLS, Owner, Place, Pool, Record
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mesh.controller.picture import Picture
     from mesh.model.cluster import Cluster
     from mesh.model.service import ServiceSpec
+
+MOST_PROBLEMS: Final = 50
+"""Problems told of one owner: a status must stay small enough to be stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ class _Choice:
 
         Node numbers are as low as possible; other numbers rest for a round after they were freed.
         """
+        if pool in self._waits:
+            return None
         taken, number = self._picture.taken[pool], None
         cursor = self._cursors.get(pool, self._picture.cursors.get(pool, span.start))
         if pool not in self._picture.exhausted:
@@ -132,12 +137,20 @@ class _Choice:
             self._cursors[pool] = number + 1
         return Place(pool, number)
 
+    def _told(self) -> tuple[Problem, ...]:
+        """The problems, or the first of them where nobody could read them all."""
+        surplus = len(self._problems) - MOST_PROBLEMS
+        if surplus <= 0:
+            return tuple(self._problems)
+        more = Problem(about="more", message=f"and {surplus} more problems; resolve these first")
+        return (*self._problems[:MOST_PROBLEMS], more)
+
     def made(self) -> Decision:
         """The decision."""
         return Decision(
             puts=self._puts,
             frees=tuple(sorted(self._held - self._kept)),
-            problems=tuple(self._problems),
+            problems=self._told(),
             waits=frozenset(self._waits),
             cursors=self._cursors,
         )

@@ -70,6 +70,9 @@ class Claimant(NamedTuple):
 UNREADABLE: Final = Status(problems=())
 """A status record of no use; differs from every one that is ever wanted."""
 
+LONGEST_REASON: Final = 400
+"""Characters of a reason that are kept; etcd refuses requests above 1.5 MiB."""
+
 _CANONICAL: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
@@ -235,7 +238,7 @@ class Picture:
         try:
             cluster = schema.decode(item.key, item.value, Cluster)
         except InvalidRecord as error:
-            self.flaws[item.key] = error.reason
+            self.flaws[item.key] = _clipped(error.reason)
             return
         self.flaws.pop(item.key, None)
         if cluster == self.cluster:
@@ -255,7 +258,7 @@ class Picture:
             else:
                 schema.parse_node(item.key, item.value)
         except InvalidRecord as error:
-            flaw = error.reason
+            flaw = _clipped(error.reason)
         self.claimants[owner] = Claimant(item.create_revision, spec, flaw)
         self.mark(owner)
 
@@ -275,7 +278,7 @@ class Picture:
                     owner = Owner("services", record.service)
             self.flaws.pop(item.key, None)
         except InvalidRecord as error:
-            self.flaws[item.key] = error.reason
+            self.flaws[item.key] = _clipped(error.reason)
         self._mark_holder(place)
         self.hold(place, Held(owner, record, item.mod_revision))
         self._mark_holder(place)
@@ -308,6 +311,11 @@ def _place(parts: list[str]) -> Place | None:
             return None
     number = _number(text)
     return None if number is None else Place(pool, number)
+
+
+def _clipped(reason: str) -> str:
+    """A reason that fits into a record: it may quote whatever somebody wrote."""
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
 
 
 def _number(text: str) -> int | None:

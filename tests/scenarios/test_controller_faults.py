@@ -184,6 +184,20 @@ async def test_an_allocation_that_cannot_be_read_is_given_to_nobody(world: Alloc
     assert await world.ports() == {"tcp/8080": ("a", 80)}
 
 
+async def test_records_of_any_size_leave_the_other_services_in_peace(world: Allocations) -> None:
+    long = b'{"name": "long", "vip": "' + b"x" * 1_000_000 + b'"}'
+    await world.store.put(KEYS.service("long"), long)
+    await world.service("greedy", *(ingress(None, target) for target in range(1, 5000)))
+    await world.service("meek", ingress(8080))
+    async with world.controller():
+        await world.settled()
+
+    statuses = (await world.store.list(KEYS.under("status/services"))).items
+    assert (await world.ports())["tcp/8080"] == ("meek", 80)
+    assert set(await world.problems()) == {"services/long", "services/greedy"}
+    assert max(len(item.value) for item in statuses) < 100_000
+
+
 async def test_an_allocation_somebody_deletes_is_given_again(world: Allocations) -> None:
     await world.service("a", ingress(8080))
     async with world.controller():
