@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from mesh.model.task import Task
     from mesh.store.memory import MemoryStore
 
+OUTSIDE = ("192.0.2.1", "2001:db8::1")
+"""Addresses that containers have only their default routes for (RFC 5737, RFC 3849)."""
+
 pytestmark = pytest.mark.netns
 BRIDGE_SYSCTLS = Path("/proc/sys/net/bridge")
 
@@ -88,9 +91,11 @@ async def serves(address: str) -> bool:
 
 
 @pytest.mark.usefixtures("bridge")
-async def test_two_containers_on_a_bridge_reach_each_other_and_the_node(
+async def test_containers_reach_each_other_the_node_and_what_is_behind_it(
     store: MemoryStore, config: AgentConfig
 ) -> None:
+    for address in OUTSIDE:
+        ip("addr", "add", address, "dev", "lo")
     one, two = (run.RunOptions("web", f"web-{n}", python(SERVE)) for n in (1, 2))
     async with running(store, config, one), running(store, config, two):
         tasks = [await record(store, options) for options in (one, two)]
@@ -98,18 +103,17 @@ async def test_two_containers_on_a_bridge_reach_each_other_and_the_node(
         node = await asyncio.create_subprocess_exec(*python(SERVE))
         try:
             for index, family in enumerate(FAMILIES):
-                gateway, own, peer = (
-                    NETWORK.gateway(family), first.addresses[index], second.addresses[index],
-                )  # fmt: skip
-                for address in (gateway, own, peer):
+                own, peer = first.addresses[index], second.addresses[index]
+                for address in (OUTSIDE[index], own, peer):
                     await until(partial(serves, address))
 
-                source = netns_of(first)
-                assert await asyncio.to_thread(fetch, peer, source) == b"hello"
-                assert await asyncio.to_thread(fetch, gateway, source) == b"hello"
+                for address in (peer, NETWORK.gateway(family), OUTSIDE[index]):
+                    assert await asyncio.to_thread(fetch, address, netns_of(first)) == b"hello"
         finally:
             node.kill()
             await node.wait()
+            for address in OUTSIDE:
+                ip("addr", "del", address, "dev", "lo")
 
 
 @pytest.mark.usefixtures("bridge")
@@ -169,6 +173,8 @@ async def test_the_link_has_the_bridges_mtu_and_one_address_per_family(bridge: s
         with netns.entered(process.netns):
             (inner,) = json.loads(ip("-j", "addr", "show", "eth0"))
 
+        (outer,) = json.loads(ip("-j", "link", "show", attach.link_name("web-1")))
+        assert outer["mtu"] == 1370
         assert (inner["mtu"], inner["address"]) == (1370, "0a:58:0a:00:03:09")
         assert {one["local"] for one in inner["addr_info"] if one["scope"] == "global"} == set(held)
     finally:

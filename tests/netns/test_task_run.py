@@ -211,7 +211,6 @@ async def test_a_killed_supervisor_leaves_nothing_and_its_address_is_given_again
 
     supervisor.kill()
     await until(lambda: not inhabitants("web-1"))
-    await asyncio.to_thread(supervisor.join)
 
     await until(lambda: links() == {"lo", BRIDGE})
     (tmp_path / "addresses/.lock").write_text("")
@@ -220,6 +219,7 @@ async def test_a_killed_supervisor_leaves_nothing_and_its_address_is_given_again
         found = await record(store, options)
         assert found is not None
         assert found.addresses[0] == "10.0.3.2"
+    await asyncio.to_thread(supervisor.join)
 
 
 @pytest.mark.usefixtures("bridge")
@@ -232,6 +232,20 @@ async def test_a_task_that_another_node_runs_is_a_conflict_and_left_alone(
 
     with pytest.raises(Conflict, match="node n2"):
         await run.run_until(asyncio.Event(), store, KEYS, config, options)
+
+    assert await record(store, options) == other
+
+
+@pytest.mark.usefixtures("bridge")
+async def test_a_record_that_another_node_took_over_is_left_to_it(
+    store: MemoryStore, config: AgentConfig
+) -> None:
+    other = Task(service="web", id="web-1", node="n2", addresses=("10.0.2.9",))
+    options = run.RunOptions("web", "web-1", shell("sleep 1000"))
+    async with running(store, config, options) as task:
+        await store.put(KEYS.task("web", "web-1"), schema.encode(other))
+
+        await task.end()
 
     assert await record(store, options) == other
 

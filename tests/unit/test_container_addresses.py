@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -107,6 +109,18 @@ def test_processes_that_claim_at_once_never_share_an_address(tmp_path: Path) -> 
         assert {owner.task for owner in addresses.claims(tmp_path).values()} == {
             f"t{number}" for number in range(5)
         }
+
+
+def test_a_claim_waits_for_another_that_is_being_made(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        claiming = threading.Thread(target=_claim_in_child, args=(tmp_path, "a"))
+        claiming.start()
+        claiming.join(0.2)
+        assert claiming.is_alive()
+    claiming.join()
+
+    assert list(addresses.claims(tmp_path)) == ["10.9.0.26"]
 
 
 @given(
