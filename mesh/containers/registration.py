@@ -83,14 +83,16 @@ class Registration:
     async def settled(self) -> None:
         """Wait until every living node took the withdrawn task out, SETTLE_SECONDS at most."""
         deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
-        while await self._is_used():
+        while self.gone and await self._is_used():
             if asyncio.get_running_loop().time() > deadline:
                 _log.warning("task %s: some node still has it in service", self.task.id)
                 return
             await asyncio.sleep(0.05)
 
     async def _withdraw(self, holder: LeaseHolder) -> None:
+        self.gone = 0
         try:
+            # By then nobody has renewed the lease for as long as it lives.
             async with asyncio.timeout(self.ttl):
                 self.gone = await self._delete()
                 await holder.stop()

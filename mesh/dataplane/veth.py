@@ -46,18 +46,14 @@ def connect(pair: Pair, namespace: str) -> None:
     """Make the pair and configure the inner end in the network namespace at path `namespace`.
 
     A left-over of the same name is replaced.  Raises HostNotReady if there is no such bridge,
-    ApplyFailed if the kernel refuses a step; the pair is gone then.
+    ApplyFailed if the kernel refuses a step; what was made until then is for `remove`.
     """
     with _refusals(f"link {pair.outer}"), IPRoute() as outside:
         bridge = _bridge(outside, pair.bridge)
         _delete(outside, pair.outer)
         _create(outside, pair, bridge, namespace)
-        try:
-            with netns.entered(namespace):
-                _configure(pair)
-        except BaseException:
-            _delete(outside, pair.outer)
-            raise
+        with netns.entered(namespace):
+            _configure(pair)
 
 
 def remove(outer: str) -> None:
