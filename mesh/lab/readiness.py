@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from mesh.errors import MeshError, StoreUnavailable
+from mesh.errors import InvalidRecord, MeshError, StoreUnavailable
 from mesh.lab.wire import Network
 from mesh.model.address import FAMILIES
 from mesh.model.allocation import NodeAllocation
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 POLL_SECONDS: Final = 0.05
 
 KEYS: Final = schema.Keys()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +76,34 @@ class Progress:
 
 
 def of(snapshot: Snapshot, cluster: Cluster) -> Progress:
-    """The progress a snapshot of everything shows.  Raises InvalidRecord."""
+    """The progress a snapshot of everything shows; what cannot be read says nothing."""
     allocations = _under(snapshot, KEYS.under("allocations/nodes"))
     reports = _under(snapshot, KEYS.under("applied"))
     nodes = _under(snapshot, KEYS.under("nodes"))
-    owners = {
-        schema.decode(item.key, item.value, NodeAllocation).node: int(number)
-        for number, item in allocations.items()
-    }
+    applied = {node: _read(item, Applied) for node, item in reports.items()}
     agreed = (item.mod_revision for item in (*nodes.values(), *allocations.values()))
     return Progress(
-        networks={node: cluster.network(number) for node, number in owners.items()},
-        applied={
-            node: schema.decode(item.key, item.value, Applied) for node, item in reports.items()
-        },
+        networks=dict(filter(None, (_network(item, cluster) for item in allocations.values()))),
+        applied={node: report for node, report in applied.items() if report is not None},
         reported={node: item.mod_revision for node, item in reports.items()},
         alive=frozenset(_under(snapshot, KEYS.under("alive"))),
         agreed=max(agreed, default=0),
     )
+
+
+def _network(item: KeyValue, cluster: Cluster) -> tuple[str, NodeNetwork] | None:
+    owner = _read(item, NodeAllocation)
+    try:
+        return (owner.node, cluster.network(schema.parse_index(item.key))) if owner else None
+    except (InvalidRecord, ValueError):
+        return None
+
+
+def _read(item: KeyValue, kind: type[T]) -> T | None:
+    try:
+        return schema.decode(item.key, item.value, kind)
+    except InvalidRecord:
+        return None
 
 
 async def initialise(store: Store, seconds: float) -> None:

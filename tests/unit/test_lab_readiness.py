@@ -49,6 +49,20 @@ def test_a_node_that_does_not_know_of_the_last_is_not_ready() -> None:
     assert seen.behind(22) == {"n1"}
 
 
+def test_what_cannot_be_read_disturbs_nobody() -> None:
+    junk = (
+        (KEYS.node_allocation(5000), b'{"node": "n3"}', 1),
+        (KEYS.under("allocations/nodes") + "x", b'{"node": "n4"}', 1),
+        (KEYS.node_allocation(7), b"\xff", 1),
+        (KEYS.applied("n5"), b"[]", 1),
+    )
+
+    seen = progress(*node("n1", 1, applied=21), *junk)
+
+    assert seen.lacking(["n1"]) == {}
+    assert seen.networks.keys() == {"n1"}
+
+
 def test_each_step_that_a_node_lacks_is_named() -> None:
     registered, alive, numbered, _ = node("n1", 1, applied=22)
 
