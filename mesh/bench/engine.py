@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ async def run(driver: Driver, services: int, rounds: int) -> dict[str, object]:
     await reconciler.start()
     install = time.perf_counter() - began
     gc.freeze()
+    rss = figures.rss_mb("self")
     clock = _Clock(state, reconciler, services)
     swaps = await clock.each(rounds, clock.swap)
     counts = await clock.each(rounds // 2 * 2, clock.count)
@@ -51,7 +51,7 @@ async def run(driver: Driver, services: int, rounds: int) -> dict[str, object]:
         "batch1000_ms": figures.milliseconds(figures.median(batches)),
         "drift_ms": figures.milliseconds(await _drift(driver)),
         "resync_ms": figures.milliseconds(await _resync(driver)),
-        "rss_mb": rss_mb(),
+        "rss_mb": rss,
     }
 
 
@@ -113,10 +113,3 @@ async def _resync(driver: Driver) -> float:
     began = time.perf_counter()
     await driver.apply(Delta(desired, desired))
     return time.perf_counter() - began
-
-
-def rss_mb() -> float:
-    """This process's resident memory now, in MiB (proc(5), statm)."""
-    with open("/proc/self/statm") as statm:
-        pages = int(statm.read().split()[1])
-    return round(pages * resource.getpagesize() / 2**20, 1)

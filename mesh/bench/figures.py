@@ -1,7 +1,9 @@
-"""Medians and percentiles, rounded as they are printed."""
+"""Medians, percentiles and memory, rounded as they are printed."""
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,3 +29,9 @@ def percentiles(values: Sequence[float], scale: float) -> dict[str, float]:
 def milliseconds(seconds: float) -> float:
     """Seconds as milliseconds with one decimal."""
     return round(seconds * 1e3, 1)
+
+
+def rss_mb(pid: int | str) -> float:
+    """Resident memory of a process, in MiB (proc(5), statm)."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    return round(pages * resource.getpagesize() / 2**20, 1)

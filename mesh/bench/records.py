@@ -26,6 +26,9 @@ KEYS: Final = schema.Keys()
 CLUSTER: Final = Cluster(id="bench", prefix6="fd77:6265:6e63::/48")
 NODES: Final = 3
 REPLICAS: Final = 3
+TOGGLED: Final = "toggled"
+"""In a live run, the one service whose replicas really answer."""
+
 _PORTS: Final = 60000
 """Services beyond this many per protocol share nothing: TCP first, then UDP."""
 
@@ -69,13 +72,21 @@ def _nodes() -> Iterator[KeyValue]:
         yield KeyValue(KEYS.alive(f"n{number}"), b"{}", 1, 1, 1, 0)
 
 
+def spec(name: str, index: int) -> ServiceSpec:
+    """The spec of service `index`."""
+    port = PublishedPort(
+        target=80,
+        published=published(index),
+        protocol=protocol_of(index),
+        mode=PublishMode.INGRESS,
+    )
+    return ServiceSpec(name=name, ports=(port,))
+
+
 def _service(index: int) -> Iterator[KeyValue]:
     name, protocol = service_name(index), protocol_of(index)
-    port = PublishedPort(
-        target=80, published=published(index), protocol=protocol, mode=PublishMode.INGRESS
-    )
     vips = tuple(address.nth(CLUSTER.vips(f), index + 1) for f in FAMILIES)
-    yield _item(KEYS.service(name), ServiceSpec(name=name, ports=(port,)), 1)
+    yield _item(KEYS.service(name), spec(name, index), 1)
     yield _item(KEYS.vip_allocation(index + 1), VipAllocation(service=name, addresses=vips), 1)
     yield _item(
         KEYS.port_allocation(protocol.value, published(index)),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 @click.group()
@@ -16,8 +16,19 @@ def bench() -> None:
     """Measure the mesh on this machine, in namespaces of its own."""
 
 
+_SERVICES: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--services",
+    "sizes",
+    multiple=True,
+    type=click.IntRange(1, 65000),
+    default=(10000,),
+    show_default=True,
+    help="How many services; repeatable.",
+)
+
+
 @bench.command()
-@click.option("--services", "sizes", multiple=True, type=click.IntRange(1, 65000), default=(10000,))
+@_SERVICES
 @click.option("--rounds", type=click.IntRange(10, 100000), default=2000, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 def engine(sizes: tuple[int, ...], rounds: int, *, as_json: bool) -> None:
@@ -47,6 +58,28 @@ def engine(sizes: tuple[int, ...], rounds: int, *, as_json: bool) -> None:
         return found
 
     _print(asyncio.run(measure()), as_json=as_json)
+
+
+@bench.command()
+@_SERVICES
+@click.option("--rounds", type=click.IntRange(10, 100000), default=500, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def live(sizes: tuple[int, ...], rounds: int, *, as_json: bool) -> None:
+    """From a write to etcd to the kernel, and to a connection, in a lab of one node."""
+    import asyncio
+
+    from mesh.bench import live as measured
+
+    def tell(what: str) -> None:
+        if click.get_text_stream("stderr").isatty():
+            click.echo(f"\r\033[K{what} …", nl=False, err=True)
+
+    async def measure() -> list[dict[str, object]]:
+        return [await measured.run(size, rounds, tell) for size in sizes]
+
+    found = asyncio.run(measure())
+    tell("done")
+    _print(found, as_json=as_json)
 
 
 def _print(found: list[dict[str, object]], *, as_json: bool) -> None:

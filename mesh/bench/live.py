@@ -1,0 +1,102 @@
+"""What the whole mesh costs, from a write to etcd: a lab of one node, real etcd, real kernel.
+
+Fills etcd with services, starts the agent cold, then times single changes from inside the node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from mesh.bench import figures, records
+from mesh.errors import MeshError
+from mesh.lab import client, readiness
+from mesh.store import schema
+from mesh.store.protocol import MAX_OPERATIONS, Put
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mesh.lab.client import OwnLab
+    from mesh.store.protocol import Store
+
+NODE: Final = "n1"
+_LIMIT: Final = 300.0
+
+
+async def run(services: int, rounds: int, tell: Callable[[str], None]) -> dict[str, object]:
+    """The figures of one size; `tell` is given what is being done."""
+    tell("starting a lab")
+    async with client.lab(f"bench-{os.getpid()}", 1) as lab:
+        url = (await lab.status()).etcd
+        async with client.open_store(url) as store:
+            tell(f"writing {services} services")
+            await _fill(store, services)
+            tell("waiting for the controller")
+            await _allocated(store, services + 1)
+            tell("starting the agent cold")
+            cold = await _cold_start(lab)
+            for replica in ("a", "b"):
+                server = (sys.executable, "-m", "mesh.lab.replica")
+                await lab.run_task(records.TOGGLED, NODE, server, f"{records.TOGGLED}-{replica}")
+        tell("timing changes")
+        arguments = ("-m", "mesh.bench.live_node", str(services), str(rounds))
+        done = await lab.run(NODE, (sys.executable, *arguments))
+        if done.code:
+            raise MeshError(f"the measurement ended with {done.code}: {done.stderr.strip()}")
+        found = json.loads(done.stdout)
+        pid = (await lab.status()).node(NODE).agent_pid
+        rss = figures.rss_mb(pid) if pid is not None else None
+    return {
+        "bench": "live",
+        "backend": "nftables",
+        "services": services,
+        "cold_start_ms": figures.milliseconds(cold),
+        "put_to_kernel_ms": figures.percentiles(found["kernel"], 1e3),
+        "put_to_reachable_ms": figures.percentiles(found["reachable"], 1e3),
+        "rss_mb": rss,
+    }
+
+
+def _records(services: int) -> Iterator[Put]:
+    toggled = records.spec(records.TOGGLED, services)
+    yield Put(records.KEYS.service(records.TOGGLED), schema.encode(toggled))
+    for index in range(services):
+        spec = records.spec(records.service_name(index), index)
+        yield Put(records.KEYS.service(spec.name), schema.encode(spec))
+        for replica in range(records.REPLICAS):
+            record = msgspec.structs.replace(records.task(index, replica), node=NODE)
+            yield Put(records.KEYS.task(record.service, record.id), schema.encode(record))
+
+
+async def _fill(store: Store, services: int) -> None:
+    batch: list[Put] = []
+    for put in _records(services):
+        batch.append(put)
+        if len(batch) == MAX_OPERATIONS:
+            await store.transact([], batch)
+            batch = []
+    await store.transact([], batch)
+
+
+async def _allocated(store: Store, services: int) -> None:
+    ports = records.KEYS.under("allocations/ports")
+
+    async def all_there() -> bool:
+        return len((await store.list(ports)).items) >= services
+
+    await readiness.until(all_there, _LIMIT, lambda: "the controller has not allocated all ports")
+
+
+async def _cold_start(lab: OwnLab) -> float:
+    """Seconds from the agent's start, on a host without a table of ours, to all rules live."""
+    await client.kill(lab.name, NODE, agent_only=True)
+    await lab.run(NODE, ("nft", "delete", "table", "inet", "mesh"))
+    began = time.perf_counter()
+    await lab.power_on(NODE)
+    return time.perf_counter() - began

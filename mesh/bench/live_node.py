@@ -1,0 +1,104 @@
+"""The part of `mesh bench live` that runs on the node: writes to etcd and watches the kernel.
+
+`python -m mesh.bench.live_node SERVICES ROUNDS` prints one JSON object with times in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import select
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from mesh.agent import config, etcd
+from mesh.bench import records
+from mesh.dataplane.nfwatch import Watch
+from mesh.errors import MeshError
+from mesh.lab import environment
+from mesh.model.allocation import VipAllocation
+from mesh.model.task import Task, TaskState
+from mesh.store import schema
+from mesh.store.protocol import Put
+
+if TYPE_CHECKING:
+    from mesh.store.protocol import Store
+
+_LIMIT: Final = 30.0
+_REACHABLE_ROUNDS: Final = 200
+_REQUEST: Final = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+
+
+async def main(services: int, rounds: int) -> None:
+    """Measure, and print."""
+    async with etcd.opened(config.load(environment.CONFIG).etcd) as store:
+        watch = Watch()
+        kernel = [await _to_kernel(store, watch, n * 7919 % services, n) for n in range(rounds)]
+        reachable = await _all_reachable(store, min(rounds, _REACHABLE_ROUNDS))
+    json.dump({"kernel": kernel, "reachable": reachable}, sys.stdout)
+
+
+async def _to_kernel(store: Store, watch: Watch, service: int, round_: int) -> float:
+    """Seconds from before the put until the kernel tells of a commit."""
+    record = records.task(service, round_ % records.REPLICAS, generation=1 + round_ % 200)
+    record = msgspec.structs.replace(record, node="n1")
+    watch.read()
+    began = time.perf_counter()
+    await store.put(records.KEYS.task(record.service, record.id), schema.encode(record))
+    while not any(event.kind == "commit" for event in watch.read() or ()):
+        ready, _, _ = select.select([watch], [], [], _LIMIT)
+        if not ready:
+            raise MeshError(f"the kernel did not change within {_LIMIT:g} s")
+    return time.perf_counter() - began
+
+
+async def _all_reachable(store: Store, rounds: int) -> list[float]:
+    """Seconds from before the put until a new connection is answered by the new replica."""
+    vip = await _vip(store)
+    tasks = [
+        schema.decode(item.key, item.value, Task)
+        for item in (await store.list(records.KEYS.tasks_of(records.TOGGLED))).items
+    ]
+    found = []
+    for round_ in range(rounds):
+        chosen = tasks[round_ % len(tasks)]
+        puts = [_put(task, serving=task is chosen) for task in tasks]
+        began = time.perf_counter()
+        await store.transact([], puts)
+        while await asyncio.to_thread(_answering, vip) != chosen.id:
+            if time.perf_counter() - began > _LIMIT:
+                raise MeshError(f"{chosen.id} was not reached within {_LIMIT:g} s")
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def _put(task: Task, *, serving: bool) -> Put:
+    state = TaskState.RUNNING if serving else TaskState.DRAINING
+    record = msgspec.structs.replace(task, state=state)
+    return Put(records.KEYS.task(task.service, task.id), schema.encode(record))
+
+
+async def _vip(store: Store) -> str:
+    for item in (await store.list(records.KEYS.under("allocations/vips"))).items:
+        vip = schema.decode(item.key, item.value, VipAllocation)
+        if vip.service == records.TOGGLED:
+            return vip.addresses[0]
+    raise MeshError(f"service {records.TOGGLED} has no VIP")
+
+
+def _answering(vip: str) -> str:
+    """Which task answers a new connection."""
+    with socket.create_connection((vip, 80), _LIMIT) as connection:
+        connection.sendall(_REQUEST)
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    return str(json.loads(answer.partition(b"\r\n\r\n")[2])["replica"])
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
