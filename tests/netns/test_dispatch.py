@@ -116,6 +116,9 @@ EACH = pytest.mark.parametrize("protocol", Protocol, ids=lambda protocol: protoc
         ("node", "node", 30081, ("c1",), "node"),
         ("node", "gateway", 30081, ("c2",), "gateway"),
         ("node", "overlay", 31000, ("c2",), "overlay"),
+        # Another node's address: balanced right here, without a detour.
+        ("c2", "peer", 30081, ("c1",), "c2"),
+        ("node", "peer", 30081, ("c1",), "node"),
         # Not ours: neighbours on the bridge find and reach each other.
         ("c1", "c2", SERVER_PORT, ("c2",), "c1"),
         ("node", "c2", SERVER_PORT, ("c2",), "gateway"),

@@ -15,6 +15,7 @@ import pytest
 from mesh.dataplane.nftables import NftablesDriver
 from mesh.dataplane.nfwatch import Watch
 from mesh.delta import Delta
+from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
 from mesh.rules import elements, nft
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
@@ -200,6 +201,22 @@ async def test_a_kernel_without_bridge_tables_is_still_prepared(
     driver.close()
 
 
+async def test_a_change_beyond_the_send_buffer_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.dataplane.nfnetlink._SEND_BUFFER", 50_000)
+    driver = NftablesDriver(rules.PARAMETERS)
+    await driver.prepare()
+    wanted = rules.samples(elements.SETS["targets6"], 10_000)
+
+    await driver.apply(Delta(add=wanted))
+    found = await driver.read()
+    missing = rules.samples(elements.SETS["hairpin6"], 3)
+    with pytest.raises(ApplyFailed, match="hairpin6"):
+        await driver.apply(Delta({**wanted, **missing}))
+
+    assert found == wanted
+    driver.close()
+
+
 IN_USER_NAMESPACE = """
 import asyncio
 from mesh.dataplane.nftables import NftablesDriver
@@ -210,7 +227,7 @@ from tests.support import rules
 async def main():
     driver = NftablesDriver(rules.PARAMETERS)
     await driver.prepare()
-    wanted = rules.samples(elements.SETS["targets6"], 15000)
+    wanted = rules.samples(elements.SETS["targets6"], 2000)
     await driver.apply(Delta(add=wanted))
     assert await driver.read() == wanted
     await driver.apply(Delta(remove=wanted))
@@ -220,7 +237,7 @@ asyncio.run(main())
 """
 
 
-def test_without_rights_to_a_big_buffer_a_big_change_is_split() -> None:
+def test_a_node_in_a_user_namespace_works_with_the_buffers_it_may_have() -> None:
     words = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c"]
 
     done = subprocess.run([*words, IN_USER_NAMESPACE], capture_output=True, text=True, check=False)

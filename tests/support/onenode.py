@@ -31,13 +31,14 @@ _PREFIX: Final = "fd11:2233:4455"
 ADDRESSES: Final[dict[str, tuple[str, str]]] = {
     "client": ("192.0.2.10", "2001:db8::10"),
     "node": ("192.0.2.1", "2001:db8::1"),
+    "peer": ("192.0.2.20", "2001:db8::20"),
     "overlay": (NETWORK.overlay[0], NETWORK.overlay[1]),
     "gateway": (NETWORK.gateway(Family.V4), NETWORK.gateway(Family.V6)),
     "loopback": ("127.0.0.1", "::1"),
     "c1": ("10.0.1.2", f"{_PREFIX}:1::2"),
     "c2": ("10.0.1.3", f"{_PREFIX}:1::3"),
 }
-"""IPv4 and IPv6 address of everything with a name."""
+"""IPv4 and IPv6 address of everything with a name; `peer` is a node that is not there."""
 
 CROWD: Final = tuple((f"192.0.2.{n}", f"2001:db8::{n:x}") for n in range(100, 116))
 """More addresses of the client."""
@@ -77,9 +78,9 @@ class OneNode:
         self.node.run(install())
 
     def lowered(self, forwardings: Iterable[Forwarding]) -> Elements:
-        """The elements of forwardings, of this node's addresses and of its containers."""
-        own = (a for name in ("node", "overlay", "gateway") for a in ADDRESSES[name])
-        wanted = nft.lower_nodes(own)
+        """The elements of forwardings, of the nodes' addresses and of this one's containers."""
+        nodes = (a for name in ("node", "overlay", "gateway", "peer") for a in ADDRESSES[name])
+        wanted = nft.lower_nodes(nodes)
         wanted |= nft.lower_hairpins(a for name in CONTAINERS for a in ADDRESSES[name])
         for forwarding in forwardings:
             wanted |= nft.lower(forwarding, self.ids)
