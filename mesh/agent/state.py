@@ -169,6 +169,8 @@ class State:
 
     def _index_alive(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         name = parts[1]
+        if name == self.node:
+            return _NOTHING  # it is alive to itself
         if new is None:
             self._alive.discard(name)
         else:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from mesh.rules.elements import ElementKey, Elements
 
-_CONTESTABLE: Final = elements.FRONTENDS | {s.name for s in elements.SETS.values() if s.shared}
-"""Sets whose keys come from records; the keys of all others contain an id that is unique."""
+_SHARED: Final = frozenset(spec.name for spec in elements.SETS.values() if spec.shared)
+"""Sets, without data: what several owners want is one element.  All other keys that come from
+records are frontends; the rest contain an id, which is unique."""
 
 
 class Ledger:
@@ -29,6 +30,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._packed: dict[str, bytes] = {}
+        self._shares: dict[ElementKey, int] = {}
         self._claims: dict[ElementKey, str | list[str]] = {}
 
     def stage(self, wanted: Mapping[str, Elements]) -> Delta[ElementKey, bytes]:
@@ -39,7 +41,7 @@ class Ledger:
             change = Delta.between(self._wishes(owner), new)
             for part, settled in ((change.remove, total.remove), (change.add, total.add)):
                 for key, value in part.items():
-                    if key[0] in _CONTESTABLE:
+                    if key[0] in _SHARED or key[0] in elements.FRONTENDS:
                         before.setdefault(key, self._effective(key))
                     else:
                         settled[key] = value
@@ -66,7 +68,7 @@ class Ledger:
         return {
             key: value
             for key, value in self._wishes(owner).items()
-            if key[0] not in _CONTESTABLE or self._effective(key) == value
+            if key[0] not in elements.FRONTENDS or self._effective(key) == value
         }
 
     def refused(self) -> Iterable[tuple[str, ElementKey, str]]:
@@ -79,6 +81,9 @@ class Ledger:
                         yield owner, key, winner
 
     def _effective(self, key: ElementKey) -> bytes | None:
+        """What the kernel is to hold of a shared element or a frontend; None: nothing."""
+        if key[0] in _SHARED:
+            return b"" if key in self._shares else None
         claim = self._claims.get(key)
         if claim is None:
             return None
@@ -90,26 +95,32 @@ class Ledger:
 
     def _replace(self, owner: str, new: Elements) -> None:
         old = self._wishes(owner)
-        for key in old:
-            if key not in new and key[0] in _CONTESTABLE:
-                self._drop(key, owner)
-        for key in new:
-            if key not in old and key[0] in _CONTESTABLE:
-                self._claim(key, owner)
+        for key in old.keys() - new.keys():
+            self._drop(key, owner)
+        for key in new.keys() - old.keys():
+            self._claim(key, owner)
         if new:
             self._packed[owner] = marshal.dumps(new)
         else:
             self._packed.pop(owner, None)
 
     def _claim(self, key: ElementKey, owner: str) -> None:
-        claim = self._claims.get(key)
-        if claim is None:
-            self._claims[key] = owner
-        else:
-            self._claims[key] = [*([claim] if isinstance(claim, str) else claim), owner]
+        if key[0] in _SHARED:
+            self._shares[key] = self._shares.get(key, 0) + 1
+        elif key[0] in elements.FRONTENDS:
+            claim = self._claims.get(key)
+            if claim is None:
+                self._claims[key] = owner
+            else:
+                self._claims[key] = [*([claim] if isinstance(claim, str) else claim), owner]
 
     def _drop(self, key: ElementKey, owner: str) -> None:
-        claim = self._claims.pop(key)
-        if isinstance(claim, list):
-            rest = [other for other in claim if other != owner]
-            self._claims[key] = rest if len(rest) > 1 else rest[0]
+        if key[0] in _SHARED:
+            self._shares[key] -= 1
+            if not self._shares[key]:
+                del self._shares[key]
+        elif key[0] in elements.FRONTENDS:
+            claim = self._claims.pop(key)
+            if isinstance(claim, list):
+                rest = [other for other in claim if other != owner]
+                self._claims[key] = rest if len(rest) > 1 else rest[0]
