@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+_CURVE = {"ec": ("-pkeyopt", "ec_paramgen_curve:P-256")}
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -27,12 +29,12 @@ class Authority:
         self.certificate = str(directory / "ca.pem")
         self._key = str(directory / "ca.key")
         _openssl(
-            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+            "req", "-x509", "-newkey", "ec", *_CURVE["ec"], "-nodes",
             "-keyout", self._key, "-out", self.certificate, "-days", "2",
             "-subj", f"/CN={directory.name}",
         )  # fmt: skip
 
-    def issue(self, name: str, *addresses: str) -> Identity:
+    def issue(self, name: str, *addresses: str, kind: str = "ec") -> Identity:
         """A certificate of `name`, valid as a server's for `addresses` and as a client's."""
         own = Identity(str(self._directory / f"{name}.pem"), str(self._directory / f"{name}.key"))
         request = str(self._directory / f"{name}.csr")
@@ -42,7 +44,7 @@ class Authority:
             f"subjectAltName=DNS:{name}{names}\nextendedKeyUsage=serverAuth,clientAuth\n"
         )
         _openssl(
-            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+            "req", "-newkey", kind, *_CURVE.get(kind, ()), "-nodes",
             "-keyout", own.key, "-out", request, "-subj", f"/CN={name}",
         )  # fmt: skip
         _openssl(
