@@ -60,16 +60,21 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 def ending(pidfd: int, pid: int) -> Ending:
     """How the process behind `pidfd` ended, by the kernel's record or else by its zombie's."""
+    found = _recorded(pidfd) or _zombie(pid)
+    # It may have been buried between the two questions.
+    return (_recorded(pidfd) or found) if found is Ending.HIDDEN else found
+
+
+def _recorded(pidfd: int) -> Ending | None:
+    """None before the burial, and on a kernel that keeps no record."""
     record = bytearray(_PIDFD_INFO.size)
     _PIDFD_INFO.pack_into(record, 0, _PIDFD_INFO_EXIT, *([0] * 13))
     try:
         fcntl.ioctl(pidfd, _PIDFD_GET_INFO, record)
     except OSError:
-        return _zombie(pid)  # before Linux 6.13, or gone before 6.15
+        return None  # before Linux 6.13, or gone before 6.15
     fields = _PIDFD_INFO.unpack(record)
-    if fields[0] & _PIDFD_INFO_EXIT:
-        return _verdict(fields[-1])
-    return _zombie(pid)
+    return _verdict(fields[-1]) if fields[0] & _PIDFD_INFO_EXIT else None
 
 
 def _zombie(pid: int) -> Ending:

@@ -84,9 +84,12 @@ def connect(machine: Machine, pids: dict[str, int]) -> None:
 
 
 def disconnect(machine: Machine) -> None:
-    """Remove a machine's link; one that went with its namespace is not an error."""
-    if Path(f"/sys/class/net/{machine.name}").exists():
+    """Remove a machine's link; one that went with its namespace just now is not an error."""
+    try:
         _ip(topology.unlink_batch(machine))
+    except CommandFailed:
+        if machine.name in (name for _, name in socket.if_nameindex()):
+            raise
 
 
 def run_on(holder: int, host: Host, program: Program) -> Started:

@@ -15,7 +15,8 @@ import pytest
 from mesh.lab import control, environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.cluster
 
@@ -44,6 +45,19 @@ def begin(*arguments: str) -> subprocess.Popen[str]:
         (*MESH, *arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=environment.with_this_package(os.environ),
     )  # fmt: skip
+
+
+def caller(script: str) -> subprocess.Popen[bytes]:
+    """A shell with a process group of its own."""
+    return subprocess.Popen(
+        ("sh", "-c", script), env=environment.with_this_package(os.environ), start_new_session=True
+    )
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
 
 @pytest.fixture
@@ -137,27 +151,24 @@ def test_a_task_that_ends_at_once_is_an_error_with_its_reason(two: dict[str, Any
     assert "no-such-program" in done.stderr
 
 
-async def test_a_lab_ends_with_the_killed_caller_of_the_command() -> None:
-    script = f"{' '.join(MESH)} lab up --nodes 1 >&2 && echo up; while :; do sleep 1000; done"
-    shell = await asyncio.create_subprocess_exec(
-        "sh", "-c", script, stdout=asyncio.subprocess.PIPE,
-        env=environment.with_this_package(os.environ),
-    )  # fmt: skip
-    assert shell.stdout is not None
-    assert await asyncio.wait_for(shell.stdout.readline(), LIMIT) == b"up\n"
+async def test_a_lab_ends_with_the_killed_caller_of_the_command(tmp_path: Path) -> None:
+    up = tmp_path / "up"
+    shell = caller(f"{' '.join(MESH)} lab up --nodes 1 && touch {up}; while :; do sleep 1000; done")
+    try:
+        await until(up.exists)
 
-    shell.kill()
+        shell.kill()
 
-    await _no_lab()
-    await shell.wait()
+        await until(lambda: not control.names())
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.2, 0.5])
 async def test_nothing_is_left_when_start_is_interrupted(pause: float) -> None:
     starting = begin("lab", "up", "--nodes", "1")
-    async with asyncio.timeout(LIMIT):
-        while not control.names():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: bool(control.names()))
     await asyncio.sleep(pause)  # any moment of the start will do
 
     starting.send_signal(signal.SIGINT)
@@ -182,18 +193,15 @@ async def test_a_lab_in_the_foreground_ends_with_its_command(number: int, code: 
     foreground.communicate(timeout=LIMIT)
 
     assert foreground.returncode == code
-    await _no_lab()
+    await until(lambda: not control.names())
 
 
 async def test_a_lab_in_the_foreground_ends_when_its_caller_exits() -> None:
-    script = f"{' '.join(MESH)} lab up --nodes 1 --foreground >&2 & sleep 1"
-    shell = await asyncio.create_subprocess_exec(
-        "sh", "-c", script, env=environment.with_this_package(os.environ)
-    )
+    shell = caller(f"{' '.join(MESH)} lab up --nodes 1 --foreground & sleep 1")
 
-    assert await asyncio.wait_for(shell.wait(), LIMIT) == 0
+    assert shell.wait(LIMIT) == 0
 
-    await _no_lab()
+    await until(lambda: not control.names())
 
 
 def test_a_missing_tool_is_named_with_its_package() -> None:
@@ -208,9 +216,3 @@ def test_a_missing_tool_is_named_with_its_package() -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "wireguard-tools" in done.stderr
-
-
-async def _no_lab() -> None:
-    async with asyncio.timeout(LIMIT):
-        while control.names():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
