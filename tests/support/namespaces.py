@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import subprocess
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 T = TypeVar("T")
+
+_NOBODY = 9
+_ANSWER_SECONDS = 2.0
 
 
 def run(*argv: str) -> str:
@@ -41,6 +46,14 @@ class Namespace:
         """Run a coroutine in the namespace."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
 
+    def reaches(self, target: str, mark: int = 0, source: str = "") -> bool:
+        """Whether the host `target` answers: it refuses a connection to a port nobody serves."""
+
+        async def connect() -> bool:
+            return await asyncio.to_thread(_is_refused, target, mark, source)
+
+        return self.run(connect())
+
     def close(self) -> None:
         """Remove the namespace and all that is in it."""
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -51,6 +64,22 @@ class Namespace:
     def _live(self) -> None:
         with netns.entered(f"/run/netns/{self.name}"):
             self._loop.run_forever()
+
+
+def _is_refused(target: str, mark: int, source: str) -> bool:
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_ANSWER_SECONDS)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
+        if source:
+            probe.bind((source, 0))
+        try:
+            probe.connect((target, _NOBODY))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    raise AssertionError(f"{target} serves port {_NOBODY}")
 
 
 def wire(one: Namespace, device: str, other: Namespace, far: str, *addresses: str) -> None:
