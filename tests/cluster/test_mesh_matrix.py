@@ -1,0 +1,237 @@
+"""Who answers whom: every kind of client to every kind of target, and what address replicas see.
+
+One lab of three nodes, which no test disturbs:
+
+    n1  a1 a2 k1    n2  b1 k2    n3  k3      a, b: replicas; k: containers that only ask
+    c1  on the nodes' link, c2 behind a router
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import pytest
+
+from mesh.model.address import FAMILIES, Family, family_of
+from mesh.model.publish import Protocol
+from tests.support.cluster import PORT, Cluster, cluster, host, ingress
+from tests.support.requests import BRIEF, REFUSED, SILENCE, Answer, Ask, Outcome, ask_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+pytestmark = pytest.mark.cluster
+
+CLIENTS: Final = ("c1", "c2")
+NODES: Final = ("n1", "n2", "n3")
+CONTAINERS: Final = {"k1": "n1", "k2": "n2", "k3": "n3"}
+INSIDE: Final = (*CONTAINERS, *NODES)
+EVERYBODY: Final = (*CLIENTS, *INSIDE)
+
+WEB, MASQUERADED, HOSTED, EMPTY = 8080, 8081, 8082, 8083
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Cluster]:
+    replicas = (("a1", "n1"), ("a2", "n1"), ("b1", "n2"), *CONTAINERS.items())
+    with cluster("matrix", 3, *replicas) as made:
+        asyncio.run(_furnish(made))
+        yield made
+
+
+async def _furnish(mesh: Cluster) -> None:
+    mesh.service("web", *ingress(WEB))
+    for replica in ("a1", "a2", "b1"):
+        mesh.task("web", replica)
+    mesh.service("masqueraded", *ingress(MASQUERADED), source="masquerade")
+    mesh.task("masqueraded", "b1")
+    mesh.service("hosted", *host(HOSTED))
+    mesh.task("hosted", "b1")
+    mesh.service("empty", *ingress(EMPTY))
+    await mesh.allocated("web", "masqueraded", "hosted", "empty")
+
+
+class Case(NamedTuple):
+    """A request, and where it comes from by name."""
+
+    client: str
+    ask: Ask
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.ask.address)
+
+
+def cases(mesh: Cluster, clients: Iterable[str], target: tuple[str, ...], port: int) -> list[Case]:
+    """A request of each client to each address, on TCP and UDP."""
+    return [
+        Case(client, Ask(mesh.netns(client), address, port, protocol))
+        for client in clients
+        for address in target
+        for protocol in Protocol
+    ]
+
+
+async def outcomes(cases: list[Case], patience: float | None = None) -> list[tuple[Case, Outcome]]:
+    asks = [case.ask for case in cases]
+    found = await (ask_all(asks) if patience is None else ask_all(asks, patience))
+    return list(zip(cases, found, strict=True))
+
+
+def own_address(mesh: Cluster, client: str, family: Family) -> str:
+    """What a client calls itself: its address on its only link."""
+    index = FAMILIES.index(family)
+    if client in mesh.containers:
+        return mesh.containers[client].addresses[index]
+    return mesh.addresses(client)[index]
+
+
+def overlay(mesh: Cluster, node: str, family: Family) -> str:
+    one = mesh.node(node)
+    found = (one.overlay4, one.overlay6)[FAMILIES.index(family)]
+    assert found is not None
+    return found
+
+
+def expect_all(found: list[tuple[Case, Outcome]], wanted: Outcome) -> None:
+    assert [(case, outcome) for case, outcome in found if outcome != wanted] == []
+
+
+# ---- ingress
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_a_published_port_shows_clients_as_they_are(mesh: Cluster, node: str) -> None:
+    found = await outcomes(6 * cases(mesh, CLIENTS, mesh.addresses(node), WEB))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        assert answer.client == own_address(mesh, case.client, case.family), case
+    assert {a.replica for _, a in found if isinstance(a, Answer)} == {"a1", "a2", "b1"}
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_a_published_port_shows_containers_as_they_are(mesh: Cluster, node: str) -> None:
+    found = await outcomes(3 * cases(mesh, CONTAINERS, mesh.addresses(node), WEB))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        assert answer.client == own_address(mesh, case.client, case.family), case
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_a_published_port_shows_nodes_by_an_address_of_theirs(
+    mesh: Cluster, node: str
+) -> None:
+    found = await outcomes(3 * cases(mesh, NODES, mesh.addresses(node), WEB))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        own = overlay(mesh, case.client, case.family)
+        local = {own, own_address(mesh, case.client, case.family)}
+        assert answer.client in (local if answer.node == case.client else {own}), case
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_a_masquerading_service_sees_the_ingress_node(mesh: Cluster, node: str) -> None:
+    found = await outcomes(cases(mesh, CLIENTS, mesh.addresses(node), MASQUERADED))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        here = own_address(mesh, case.client, case.family)
+        assert answer.client == (here if node == "n2" else overlay(mesh, node, case.family)), case
+
+
+@pytest.mark.parametrize("node", NODES)
+async def test_a_published_port_without_a_backend_is_refused(mesh: Cluster, node: str) -> None:
+    expect_all(await outcomes(cases(mesh, EVERYBODY, mesh.addresses(node), EMPTY)), REFUSED)
+
+
+# ---- VIPs
+
+
+async def test_a_vip_answers_whoever_is_inside(mesh: Cluster) -> None:
+    found = await outcomes(4 * cases(mesh, INSIDE, mesh.vips("web"), PORT))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        inside = case.client in CONTAINERS
+        own = (own_address if inside else overlay)(mesh, case.client, case.family)
+        assert answer.client == own, case
+    assert {a.replica for _, a in found if isinstance(a, Answer)} == {"a1", "a2", "b1"}
+
+
+async def test_a_replica_reaches_itself_through_its_vip(mesh: Cluster) -> None:
+    found = await outcomes(cases(mesh, ["b1"], mesh.vips("hosted"), PORT))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        assert answer.replica == "b1"
+        assert answer.client not in mesh.containers["b1"].addresses  # or it would answer directly
+
+
+async def test_a_vip_without_a_backend_is_refused(mesh: Cluster) -> None:
+    expect_all(await outcomes(cases(mesh, INSIDE, mesh.vips("empty"), PORT)), REFUSED)
+
+
+async def test_another_port_of_a_vip_is_refused(mesh: Cluster) -> None:
+    expect_all(await outcomes(cases(mesh, INSIDE, mesh.vips("web"), PORT + 1)), REFUSED)
+
+
+async def test_an_address_that_is_nobodys_vip_is_silent(mesh: Cluster) -> None:
+    cluster = mesh.records.get("cluster")
+    nobodys = ("10.1.99.99", f"{cluster['prefix6'].removesuffix('::/48')}:f000::9999")
+
+    for case, outcome in await outcomes(cases(mesh, INSIDE, nobodys, PORT), BRIEF):
+        # The kernel tells a local sender at once that its datagram was dropped: EPERM.
+        told = case.client in NODES and case.ask.protocol is Protocol.UDP
+        assert outcome == (REFUSED if told else SILENCE), case
+
+
+# ---- host mode
+
+
+async def test_a_host_port_answers_on_the_replicas_node(mesh: Cluster) -> None:
+    found = await outcomes(cases(mesh, (*CLIENTS, "k2", "n2"), mesh.addresses("n2"), HOSTED))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        assert answer.replica == "b1"
+        assert answer.client == own_address(mesh, case.client, case.family), case
+
+
+async def test_other_nodes_come_to_a_host_port_from_outside(mesh: Cluster) -> None:
+    found = await outcomes(cases(mesh, ("n1", "n3", "k1", "k3"), mesh.addresses("n2"), HOSTED))
+
+    for case, answer in found:
+        assert isinstance(answer, Answer), (case, answer)
+        node = CONTAINERS.get(case.client, case.client)
+        assert answer.client == own_address(mesh, node, case.family), case
+
+
+@pytest.mark.parametrize("node", ["n1", "n3"])
+async def test_a_host_port_is_refused_on_other_nodes(mesh: Cluster, node: str) -> None:
+    expect_all(await outcomes(cases(mesh, EVERYBODY, mesh.addresses(node), HOSTED)), REFUSED)
+
+
+# ---- balance
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_connections_are_spread_evenly(
+    mesh: Cluster, family: Family, protocol: Protocol
+) -> None:
+    index, count = FAMILIES.index(family), 300
+    published = Ask(mesh.netns("c2"), mesh.addresses("n3")[index], WEB, protocol)
+    vip = Ask(mesh.netns("k1"), mesh.vips("web")[index], PORT, protocol)
+
+    for one in (published, vip):
+        found = await ask_all([one] * count)
+        told = Counter(a.replica if isinstance(a, Answer) else a for a in found)
+
+        assert told.keys() == {"a1", "a2", "b1"}
+        chi_square = sum((n - count / 3) ** 2 / (count / 3) for n in told.values())
+        assert chi_square < 27.6  # two degrees of freedom, one in a million

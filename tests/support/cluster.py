@@ -1,0 +1,323 @@
+"""A whole mesh in a lab of one's own, as automation and clients see it.
+
+Services and tasks are written through etcd's JSON gateway, with no code of the mesh in between;
+requests are sent by sockets of this process that were born in the lab's namespaces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mesh.lab import client, control, wire
+from mesh.model.publish import Protocol
+from tests.support.requests import Answer, Ask, ask
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+
+    from mesh.lab.wire import LabStatus, NodeStatus
+
+LIMIT: Final = 60.0
+"""Seconds anything may take on a crowded machine before a test fails."""
+
+REPLICA: Final = (sys.executable, "-m", "mesh.lab.replica", "--udp")
+
+PORT: Final = 80
+"""Where every replica answers, on TCP and UDP."""
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], what: str = "") -> None:
+    """Wait until a condition holds; `what` explains a failure."""
+    try:
+        async with asyncio.timeout(LIMIT):
+            while True:
+                held = condition()
+                if await held if inspect.isawaitable(held) else held:
+                    return
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise AssertionError(f"not within {LIMIT:g} s: {what or condition}") from None
+
+
+class Records:
+    """etcd below `/mesh`, through its JSON gateway; every write returns its revision."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def put(self, key: str, record: object) -> int:
+        """Write a record: bytes as they are, anything else as JSON."""
+        value = record if isinstance(record, bytes) else json.dumps(record).encode()
+        return _revision(self.call("kv/put", {"key": _key(key), "value": _base64(value)}))
+
+    def delete(self, key: str) -> int:
+        """Remove a key; one that ends in a slash: everything below it."""
+        span = {"range_end": _base64(_after(key))} if key.endswith("/") else {}
+        return _revision(self.call("kv/deleterange", {"key": _key(key), **span}))
+
+    def get(self, key: str) -> Any:
+        """A record, or None."""
+        return next((json.loads(value) for value in self._range(key).values()), None)
+
+    def under(self, prefix: str) -> dict[str, Any]:
+        """The records below a prefix that ends in a slash, by the rest of their keys."""
+        found = self._range(prefix, range_end=_base64(_after(prefix)))
+        return {key.removeprefix(f"/mesh/{prefix}"): json.loads(v) for key, v in found.items()}
+
+    def _range(self, key: str, **options: str) -> dict[str, bytes]:
+        reply = self.call("kv/range", {"key": _key(key), **options})
+        return {
+            base64.b64decode(item["key"]).decode(): base64.b64decode(item.get("value", ""))
+            for item in reply.get("kvs", ())
+        }
+
+    def call(self, verb: str, body: Mapping[str, object]) -> Any:
+        """One request to the gateway."""
+        request = urllib.request.Request(f"{self.url}/v3/{verb}", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=LIMIT) as answer:
+            return json.load(answer)
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+def _key(key: str) -> str:
+    return _base64(f"/mesh/{key}".encode())
+
+
+def _after(prefix: str) -> bytes:
+    """The end of etcd's range for a prefix that ends in a slash."""
+    return f"/mesh/{prefix}"[:-1].encode() + b"0"
+
+
+def _revision(reply: Any) -> int:
+    return int(reply["header"]["revision"])
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A running replica; `addresses` are IPv4 and IPv6, `netns` its network namespace."""
+
+    id: str
+    node: str
+    addresses: tuple[str, str]
+    netns: str
+
+
+@dataclass
+class Cluster:
+    """A running lab."""
+
+    lab: client.OwnLab
+    records: Records
+    status: LabStatus
+    containers: dict[str, Container] = field(default_factory=dict)
+    revision: int = 0
+
+    @property
+    def nodes(self) -> tuple[NodeStatus, ...]:
+        return self.status.nodes
+
+    def node(self, name: str) -> NodeStatus:
+        return self.status.node(name)
+
+    def netns(self, machine: str) -> str:
+        """Where a machine's or a container's sockets are made."""
+        if machine in self.containers:
+            return self.containers[machine].netns
+        machines = {one.name: one.netns for one in self.nodes}
+        machines |= {one.name: one.netns for one in self.status.clients}
+        found = machines[machine]
+        assert found is not None, f"{machine} is off"
+        return found
+
+    def addresses(self, machine: str) -> tuple[str, str]:
+        """A client's or a node's underlay addresses, IPv4 and IPv6."""
+        for one in self.status.clients:
+            if one.name == machine:
+                return one.address4, one.address6
+        return self.node(machine).underlay4, self.node(machine).underlay6
+
+    async def refresh(self) -> None:
+        """Ask the lab again: processes and namespaces change when something is started anew."""
+        self.status = await self.lab.status()
+
+    # ---- what is written
+
+    def service(self, name: str, *ports: Mapping[str, object], **fields: object) -> None:
+        """Write a service."""
+        self.revision = self.records.put(
+            f"services/{name}", {"name": name, "ports": ports, **fields}
+        )
+
+    def task(self, service: str, container: str, **fields: object) -> None:
+        """Register a container, or what was one, as a replica of a service."""
+        one = self.containers[container]
+        record = {"service": service, "id": one.id, "node": one.node, "addresses": one.addresses}
+        self.revision = self.records.put(f"tasks/{service}/{one.id}", {**record, **fields})
+
+    def untask(self, service: str, container: str) -> None:
+        """Take a replica out of a service."""
+        self.revision = self.records.delete(f"tasks/{service}/{container}")
+
+    def remove(self, service: str) -> None:
+        """Remove a service and its tasks."""
+        self.records.delete(f"tasks/{service}/")
+        self.revision = self.records.delete(f"services/{service}")
+
+    # ---- what is reported
+
+    def vips(self, service: str) -> tuple[str, ...]:
+        """The addresses a service was given, or none yet."""
+        for record in self.records.under("allocations/vips/").values():
+            if record["service"] == service:
+                return tuple(record["addresses"])
+        return ()
+
+    def problems(self, node: str) -> str:
+        """What a node reports to be wrong, as one text."""
+        return json.dumps((self.records.get(f"applied/{node}") or {}).get("problems", []))
+
+    async def settled(self, *nodes: str) -> None:
+        """Wait until the nodes have in their kernels what was written last, and its allocations."""
+        names = nodes or tuple(node.name for node in self.nodes)
+
+        def behind() -> list[str]:
+            applied = self.records.under("applied/")
+            return [n for n in names if applied.get(n, {}).get("revision", 0) < self.revision]
+
+        await until(lambda: not behind(), "the nodes apply what was written")
+
+    async def allocated(self, *services: str) -> None:
+        """Wait until services have their VIPs and ingress ports, and all nodes know."""
+        await until(lambda: all(map(self._is_allocated, services)), f"allocations of {services}")
+        self.revision = max(self._written("allocations/"), self.revision)
+        await self.settled()
+
+    def _is_allocated(self, service: str) -> bool:
+        spec = self.records.get(f"services/{service}")
+        wanted = {
+            f"{p.get('protocol', 'tcp')}/{p['published']}"
+            for p in spec["ports"]
+            if p.get("mode") == "ingress" and p.get("published")
+        }
+        held = self.records.under("allocations/ports/")
+        mine = {key for key, record in held.items() if record["service"] == service}
+        return bool(self.vips(service)) and wanted <= mine
+
+    def _written(self, prefix: str) -> int:
+        """The newest revision below a prefix."""
+        body = {"key": _key(prefix), "range_end": _base64(_after(prefix)), "keys_only": True}
+        found = self.records.call("kv/range", body)
+        return max((int(item["mod_revision"]) for item in found.get("kvs", ())), default=0)
+
+    # ---- what is done
+
+    async def start(self, *placed: tuple[str, str]) -> None:
+        """Start replicas, given as (id, node), of no service that exists."""
+        await asyncio.gather(*(self._start(id, node) for id, node in placed))
+
+    async def _start(self, id: str, node: str, service: str = "idle") -> None:
+        task = await self.lab.run_task(service, node, REPLICA, id)
+        netns = f"/proc/{_child(task.pid)}/ns/net"
+        addresses = self.records.get(f"tasks/{service}/{id}")["addresses"]
+        listens = Ask(netns, "127.0.0.1", PORT, Protocol.TCP)
+
+        async def ready() -> bool:
+            return isinstance(await ask(listens), Answer)
+
+        await until(ready, f"replica {id} listens")
+        self.containers[id] = Container(id, node, tuple(addresses), netns)
+
+    async def start_for(self, service: str, id: str, node: str) -> None:
+        """Start a replica of a service; it is used before it listens."""
+        await self._start(id, node, service)
+
+    async def signal(self, target: str, number: int) -> None:
+        """Signal a node's agent, a task or etcd; SIGKILL waits for its end."""
+        await control.call(self.lab.name, wire.Signal(target=target, number=number))
+
+    async def kill(self, target: str) -> None:
+        """Kill a node's agent, a task or etcd."""
+        await self.signal(target, signal.SIGKILL)
+
+    async def start_again(self, target: str) -> None:
+        """Start a killed agent, a node that is off, or etcd."""
+        if target == "etcd":
+            await control.call(self.lab.name, wire.Start(target=target))
+        else:
+            await self.lab.power_on(target)
+        await self.refresh()
+
+    async def power_off(self, node: str) -> None:
+        await control.call(self.lab.name, wire.PowerOff(node=node))
+
+    def sh(self, machine: str, *argv: str, input: str | None = None) -> str:
+        """Run a program in a machine's network namespace; what it printed."""
+        done = subprocess.run(
+            ("nsenter", f"--net={self.netns(machine)}", "--", *argv),
+            input=input, capture_output=True, text=True, check=False, timeout=LIMIT,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr or done.stdout}"
+        return done.stdout
+
+    def agent_runs(self, node: str) -> bool:
+        """Whether the agent that `status` knows of is still there."""
+        pid = self.node(node).agent_pid
+        return pid is not None and Path(f"/proc/{pid}").exists()
+
+
+@contextmanager
+def cluster(name: str, nodes: int, *containers: tuple[str, str]) -> Iterator[Cluster]:
+    """A lab of one's own with replicas, given as (id, node); gone after the block."""
+    own = client.launch(name, nodes, ())
+    try:
+        yield asyncio.run(_formed(own, containers))
+    finally:
+        asyncio.run(own.end())
+
+
+async def _formed(own: client.OwnLab, containers: Sequence[tuple[str, str]]) -> Cluster:
+    await own.built()
+    await own.form()
+    status = await own.status()
+    made = Cluster(own, Records(status.etcd), status)
+    for node in made.nodes:  # else the kernel answers one refused datagram a second
+        made.sh(node.name, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
+        made.sh(node.name, "sysctl", "-qw", "net.ipv6.icmp.ratelimit=0")
+    await made.start(*containers)
+    return made
+
+
+def _child(pid: int) -> int:
+    """The only child of a process."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+def ingress(published: int, target: int = PORT) -> list[dict[str, object]]:
+    """A port published on every node, for TCP and UDP."""
+    return _published("ingress", published, target)
+
+
+def host(published: int, target: int = PORT) -> list[dict[str, object]]:
+    """A port published on the replica's node, for TCP and UDP."""
+    return _published("host", published, target)
+
+
+def _published(mode: str, published: int, target: int) -> list[dict[str, object]]:
+    return [
+        {"target": target, "published": published, "protocol": p.value, "mode": mode}
+        for p in Protocol
+    ]

@@ -1,0 +1,172 @@
+"""Requests to replicas (mesh.lab.replica) from any namespace, many at once, and their outcomes.
+
+Sockets are made in the client's namespace by this very process, so that a thousand requests cost
+no more than their packets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mesh.dataplane import netns
+from mesh.model.address import Family, family_of
+from mesh.model.publish import Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+REFUSED: Final = "refused"
+SILENCE: Final = "silence"
+
+PATIENCE: Final = 30.0
+"""Seconds until an answer that should come is given up."""
+
+BRIEF: Final = 1.5
+"""Seconds of silence that count as no answer, where none should come."""
+
+_DOMAIN: Final = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
+_KIND: Final = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
+_REQUEST: Final = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
+_ROOM: Final = 64
+"""Requests at once: more would only measure this process."""
+
+
+class Ask(NamedTuple):
+    """One request: from a namespace, to an address and port."""
+
+    netns: str
+    address: str
+    port: int
+    protocol: Protocol
+
+
+class Answer(NamedTuple):
+    """Which replica answered, on which node, and what source address it saw."""
+
+    replica: str
+    node: str
+    client: str
+
+
+Outcome = Answer | str
+"""An answer, REFUSED, SILENCE, or the name of another error."""
+
+
+def born(path: str, address: str, protocol: Protocol) -> socket.socket:
+    """A socket in a namespace that can talk to `address`."""
+    with netns.entered(path):
+        own = socket.socket(_DOMAIN[family_of(address)], _KIND[protocol])
+    own.setblocking(False)
+    return own
+
+
+async def ask(one: Ask, patience: float = PATIENCE) -> Outcome:
+    """Send one request from a new port."""
+    with born(one.netns, one.address, one.protocol) as own:
+        try:
+            async with asyncio.timeout(patience):
+                said = await _exchange(own, one)
+        except (ConnectionRefusedError, PermissionError):
+            # The output hook answers a refused datagram of its own node with EPERM.
+            return REFUSED
+        except TimeoutError:
+            return SILENCE
+        except OSError as error:
+            return type(error).__name__ + f" {error.errno}"
+    if not said:
+        return "closed"
+    told = json.loads(said.rpartition(b"\r\n\r\n")[2])
+    return Answer(told["replica"], told["node"], told["client"])
+
+
+async def _exchange(own: socket.socket, one: Ask) -> bytes:
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(own, (one.address, one.port))
+    if one.protocol is Protocol.UDP:
+        await loop.sock_sendall(own, b"?")
+        return await loop.sock_recv(own, 4096)
+    await loop.sock_sendall(own, _REQUEST)
+    said = b""
+    while more := await loop.sock_recv(own, 4096):
+        said += more
+    return said
+
+
+async def ask_all(asks: Iterable[Ask], patience: float = PATIENCE) -> list[Outcome]:
+    """The outcomes, in the order of the requests."""
+    room = asyncio.Semaphore(_ROOM)
+
+    async def within(one: Ask) -> Outcome:
+        async with room:
+            return await ask(one, patience)
+
+    return await asyncio.gather(*map(within, asks))
+
+
+@dataclass
+class Stream:
+    """New connections, again and again, from the moment it began."""
+
+    asks: Sequence[Ask]
+    sent: int = 0
+    answered: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+    flying: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def begin(self, asked: Ask, patience: float) -> None:
+        task = asyncio.create_task(self._one(asked, patience))
+        self.flying.add(task)
+        task.add_done_callback(self.flying.discard)
+
+    async def landed(self) -> None:
+        """Wait until what is on its way now has ended."""
+        await asyncio.gather(*self.flying)
+
+    async def _one(self, asked: Ask, patience: float) -> None:
+        began = time.monotonic()
+        self.sent += 1
+        outcome = await ask(asked, patience)
+        if isinstance(outcome, Answer):
+            self.answered[outcome.replica] += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+        else:
+            self.failures.append(f"{outcome} after {time.monotonic() - began:.2f} s: {asked}")
+
+    async def more(self, count: int) -> None:
+        """Wait until `count` more requests were sent, however slow this machine is."""
+        goal = self.sent + count
+        while self.sent < goal:  # noqa: ASYNC110 - the stream itself goes at a fixed pace
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def stream(
+    asks: Sequence[Ask], interval: float = 0.005, patience: float = PATIENCE
+) -> AsyncIterator[Stream]:
+    """Send the requests in turn, one every `interval` seconds, for the time of a block.
+
+    None is awaited before the next is sent; after the block all have ended.
+    """
+    made, going = Stream(asks), True
+
+    async def flow() -> None:
+        while going:
+            for one in asks:
+                made.begin(one, patience)
+                await asyncio.sleep(interval)
+        await made.landed()
+
+    flowing = asyncio.create_task(flow())
+    try:
+        yield made
+    finally:
+        going = False
+        await flowing
