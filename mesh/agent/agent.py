@@ -110,6 +110,7 @@ class Agent:
         async with aclosing(follower.updates()) as updates:
             async for event in updates:
                 touched = self._state.apply(event)
+                del event  # a snapshot is large, and the next event may be long in coming
                 self._pending = Touched(
                     self._pending.services | touched.services, self._pending.nodes | touched.nodes
                 )

@@ -59,6 +59,7 @@ class Follower:
                     snapshot = await self._store.list(*self._prefixes)
                     positions = {p: _position(p, snapshot) for p in self._prefixes}
                     yield snapshot
+                    del snapshot  # the watch may last for months
                 since = {prefix: known.revision for prefix, known in positions.items()}
                 async with aclosing(self._store.watch(since)) as stream:
                     async for changes in stream:
