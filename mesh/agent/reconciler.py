@@ -41,7 +41,7 @@ class Reconciler:
         self._driver = driver
         self._ids = Ids()
         self._ledger = Ledger()
-        self._pools: dict[str, frozenset[str]] = {}
+        self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
 
     async def start(self) -> None:
@@ -103,10 +103,11 @@ class Reconciler:
         pools: set[str] = set()
         if view is not None and node is not None:
             found, pools = planner.lower(view, node, self._ids)
-        for key in self._pools.pop(name, frozenset()) - pools:
-            self._ids.release(key)
+        for key in self._pools.pop(name, ()):
+            if key not in pools:
+                self._ids.release(key)
         if pools:
-            self._pools[name] = frozenset(pools)
+            self._pools[name] = tuple(pools)
         return found
 
     async def _apply(self, delta: ElementDelta) -> None:

@@ -65,7 +65,6 @@ class State:
         self._services: dict[str, ServiceSpec] = {}
         self._nodes: dict[str, Node] = {}
         self._tasks: dict[str, dict[str, Entry]] = {}
-        self._placed: dict[str, dict[tuple[str, str], bool]] = {}  # node: its (service, task)s
         self._vips: dict[str, dict[int, VipAllocation]] = {}
         self._ports: dict[str, dict[IngressPort, bool]] = {}
         self._unhealthy: dict[str, dict[str, bool]] = {}
@@ -151,12 +150,8 @@ class State:
             self._services[parts[1]] = new.record  # type: ignore[assignment]
         return Touched(frozenset(parts[1:]), nodes=False)
 
-    def _index_task(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
+    def _index_task(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         service, name = parts[1], parts[2]
-        if old is not None:
-            _hold(self._placed, _task(old).node, (service, name), None)
-        if new is not None:
-            _hold(self._placed, _task(new).node, (service, name), True)
         _hold(self._tasks, service, name, new)
         return Touched(frozenset((service,)), nodes=False)
 
@@ -175,7 +170,15 @@ class State:
             self._alive.discard(name)
         else:
             self._alive.add(name)
-        return Touched(frozenset(service for service, _ in self._placed.get(name, ())), nodes=True)
+        return Touched(self._services_on(name), nodes=True)
+
+    def _services_on(self, node: str) -> frozenset[str]:
+        """By a look at every task: nodes come and go far too seldom for an index to pay."""
+        return frozenset(
+            service
+            for service, tasks in self._tasks.items()
+            if any(_task(entry).node == node for entry in tasks.values())
+        )
 
     def _index_health(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
         services = set()
@@ -200,6 +203,7 @@ class State:
                     services.add(port.service)
                     ingress = IngressPort(Protocol(parts[2]), int(parts[3]), port.target)
                     _hold(self._ports, port.service, ingress, held)
+                    services |= self.claims.reserve(*ingress[:2], port.service if held else None)
                 case NodeAllocation() as node:
                     nodes = True
                     _hold(self._numbers, node.node, int(parts[2]), held)
@@ -219,10 +223,7 @@ class State:
             for entry in self._tasks.get(service, {}).values()
             if _task(entry).node == self.node
         ]
-        ingress = self._ports.get(service, ())
-        return self.claims.reserve(service, ingress) | self.claims.update(
-            service, claims.wanted(spec, here) if spec is not None else ()
-        )
+        return self.claims.update(service, claims.wanted(spec, here) if spec is not None else ())
 
     # ---- problems
 

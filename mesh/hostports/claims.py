@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from mesh.model.publish import Protocol
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
-    from mesh.model.view import IngressPort
 
 _Port = tuple["Protocol", int]
 
 _YIELDING: Final = 1 << 62
 """Added to a draining task's revision: it keeps a port only while no running task wants it, so a
 replacement started on the same node takes over in one change."""
-
-_INGRESS_REVISION: Final = 0
-"""No etcd revision is this small, so an ingress port wins over every task's claim to it."""
 
 
 def wanted(spec: ServiceSpec, tasks: Iterable[tuple[Task, int]]) -> tuple[HostClaim, ...]:
@@ -58,24 +54,38 @@ class Claims:
 
     def __init__(self) -> None:
         self._wanted: dict[str, frozenset[HostClaim]] = {}
-        self._ingress: dict[str, frozenset[HostClaim]] = {}
+        self._ingress: dict[_Port, str] = {}
         self._claimants: defaultdict[_Port, set[HostClaim]] = defaultdict(set)
         self._owner: dict[HostClaim, HostClaim] = {}
 
     def update(self, service: str, wanted: Iterable[HostClaim]) -> frozenset[str]:
         """Replace a service's claims; the services whose granted ports changed."""
-        return self._replace(self._wanted, service, frozenset(wanted))
+        claims = frozenset(wanted)
+        before = self._wanted.pop(service, frozenset())
+        if claims:
+            self._wanted[service] = claims
+        changed: set[str] = set()
+        for claim in before - claims:
+            self._claimants[_port(claim)].discard(claim)
+            if self._owner.pop(claim) == claim:
+                changed.add(service)
+        for claim in claims - before:
+            self._claimants[_port(claim)].add(claim)
+        for port in {_port(claim) for claim in before ^ claims}:
+            changed |= self._decide(port)
+        return frozenset(changed)
 
-    def reserve(self, service: str, ingress: Iterable[IngressPort]) -> frozenset[str]:
-        """Replace the ingress ports allocated to a service: no task gets one of them for itself.
+    def reserve(self, protocol: Protocol, published: int, service: str | None) -> frozenset[str]:
+        """An ingress port is allocated to `service`, or to nobody: no task gets it for itself.
 
         Returns the services whose granted ports changed.
         """
-        claims = frozenset(
-            HostClaim(service, "", p.protocol, p.published, p.target, None, _INGRESS_REVISION)
-            for p in ingress
-        )
-        return self._replace(self._ingress, service, claims)
+        port = (protocol, published)
+        if service is None:
+            self._ingress.pop(port, None)
+        else:
+            self._ingress[port] = service
+        return frozenset(self._decide(port)) if port in self._claimants else frozenset()
 
     def granted(self, service: str) -> frozenset[HostClaim]:
         """The claims of a service that hold their port."""
@@ -94,27 +104,10 @@ class Claims:
         """Every claim on this node that got nothing, with the claim that holds the port."""
         return ((claim, owner) for claim, owner in self._owner.items() if claim != owner)
 
-    def _replace(
-        self, table: dict[str, frozenset[HostClaim]], service: str, claims: frozenset[HostClaim]
-    ) -> frozenset[str]:
-        before = table.pop(service, frozenset())
-        if claims:
-            table[service] = claims
-        changed: set[str] = set()
-        for claim in before - claims:
-            self._claimants[_port(claim)].discard(claim)
-            if self._owner.pop(claim) == claim:
-                changed.add(service)
-        for claim in claims - before:
-            self._claimants[_port(claim)].add(claim)
-        for port in {_port(claim) for claim in before ^ claims}:
-            changed |= self._decide(port)
-        return frozenset(changed)
-
     def _decide(self, port: _Port) -> set[str]:
         """Grant one port anew; the services that won or lost a claim to it."""
         changed: set[str] = set()
-        holders: list[HostClaim] = []
+        holders = list(self._ingress_claim(port))
         for claim in sorted(self._claimants[port], key=_age):
             owner = next((h for h in holders if _answer_together(h, claim)), claim)
             if owner is claim:
@@ -125,6 +118,11 @@ class Claims:
         if not self._claimants[port]:
             del self._claimants[port]
         return changed
+
+    def _ingress_claim(self, port: _Port) -> Iterator[HostClaim]:
+        """What every task's claim to an ingress port loses against."""
+        if port in self._ingress:
+            yield HostClaim(self._ingress[port], "", *port, 0, None, 0)
 
 
 def _port(claim: HostClaim) -> _Port:

@@ -30,8 +30,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self._packed: dict[str, bytes] = {}
-        self._shares: dict[ElementKey, int] = {}
-        self._claims: dict[ElementKey, str | list[str]] = {}
+        self._shares: dict[bytes, int] = {}
+        self._claims: dict[bytes, str | list[str]] = {}
 
     def stage(self, wanted: Mapping[str, Elements]) -> Delta[ElementKey, bytes]:
         """Replace what these owners want; the change to the kernel that follows from it."""
@@ -73,8 +73,9 @@ class Ledger:
 
     def refused(self) -> Iterable[tuple[str, ElementKey, str]]:
         """Every (owner, element, the owner who has it) of different values wanted at once."""
-        for key, claim in self._claims.items():
+        for short, claim in self._claims.items():
             if isinstance(claim, list):
+                key = _long(short)
                 winner = min(claim)
                 for owner in claim:
                     if self._wishes(owner)[key] != self._wishes(winner)[key]:
@@ -83,8 +84,8 @@ class Ledger:
     def _effective(self, key: ElementKey) -> bytes | None:
         """What the kernel is to hold of a shared element or a frontend; None: nothing."""
         if key[0] in _SHARED:
-            return b"" if key in self._shares else None
-        claim = self._claims.get(key)
+            return b"" if _short(key) in self._shares else None
+        claim = self._claims.get(_short(key))
         if claim is None:
             return None
         return self._wishes(claim if isinstance(claim, str) else min(claim))[key]
@@ -105,22 +106,34 @@ class Ledger:
             self._packed.pop(owner, None)
 
     def _claim(self, key: ElementKey, owner: str) -> None:
+        short = _short(key)
         if key[0] in _SHARED:
-            self._shares[key] = self._shares.get(key, 0) + 1
+            self._shares[short] = self._shares.get(short, 0) + 1
         elif key[0] in elements.FRONTENDS:
-            claim = self._claims.get(key)
+            claim = self._claims.get(short)
             if claim is None:
-                self._claims[key] = owner
+                self._claims[short] = owner
             else:
-                self._claims[key] = [*([claim] if isinstance(claim, str) else claim), owner]
+                self._claims[short] = [*([claim] if isinstance(claim, str) else claim), owner]
 
     def _drop(self, key: ElementKey, owner: str) -> None:
+        short = _short(key)
         if key[0] in _SHARED:
-            self._shares[key] -= 1
-            if not self._shares[key]:
-                del self._shares[key]
+            self._shares[short] -= 1
+            if not self._shares[short]:
+                del self._shares[short]
         elif key[0] in elements.FRONTENDS:
-            claim = self._claims.pop(key)
+            claim = self._claims.pop(short)
             if isinstance(claim, list):
                 rest = [other for other in claim if other != owner]
-                self._claims[key] = rest if len(rest) > 1 else rest[0]
+                self._claims[short] = rest if len(rest) > 1 else rest[0]
+
+
+def _short(key: ElementKey) -> bytes:
+    """A key as one object instead of three."""
+    return key[0].encode() + b"\0" + key[1]
+
+
+def _long(short: bytes) -> ElementKey:
+    name, _, key = short.partition(b"\0")
+    return name.decode(), key

@@ -12,7 +12,7 @@ from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol, PublishedPort, PublishMode
 from mesh.model.service import ServiceSpec
 from mesh.model.task import Task, TaskState
-from mesh.model.view import HostClaim, IngressPort, NodeView, ServiceView
+from mesh.model.view import HostClaim, NodeView, ServiceView
 from mesh.rules.forwarding import Backend, Frontend, Scope
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
@@ -105,9 +105,9 @@ def test_an_ingress_port_belongs_to_no_task() -> None:
     held = Claims()
     held.update("a", (claim("a", 1),))
 
-    taken = held.reserve("web", (IngressPort(TCP, 80, 8080),))
+    taken = held.reserve(TCP, 80, "web")
     owner = held.refused("a")[0][1]
-    freed = held.reserve("web", ())
+    freed = held.reserve(TCP, 80, None)
 
     assert "a" in taken
     assert (owner.service, owner.task) == ("web", "")
