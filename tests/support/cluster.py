@@ -24,7 +24,7 @@ from mesh.model.publish import Protocol
 from tests.support.requests import Answer, Ask, ask
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     from mesh.lab.wire import LabStatus, NodeStatus
 
@@ -149,6 +149,31 @@ class Cluster:
             if one.name == machine:
                 return one.address4, one.address6
         return self.node(machine).underlay4, self.node(machine).underlay6
+
+    def asks(self, clients: Iterable[str], addresses: Iterable[str], port: int) -> list[Ask]:
+        """A request of each client to each address, on TCP and UDP."""
+        each = list(addresses)
+        return [
+            Ask(self.netns(client), address, port, protocol)
+            for client in clients
+            for address in each
+            for protocol in Protocol
+        ]
+
+    def from_outside(self, port: int, *nodes: str) -> list[Ask]:
+        """Requests of both clients to a published port, through these nodes, or all."""
+        names = nodes or tuple(node.name for node in self.nodes)
+        return self.asks(("c1", "c2"), (a for n in names for a in self.addresses(n)), port)
+
+    def elements(self, node: str, *kinds: str) -> dict[str, str]:
+        """The elements of the mesh's sets and maps in a node's kernel, by the set's name."""
+        listed = json.loads(self.sh(node, "nft", "-j", "list", "table", "inet", "mesh"))
+        sets = [one[kind] for one in listed["nftables"] for kind in ("set", "map") if kind in one]
+        return {
+            one["name"]: json.dumps(sorted(map(json.dumps, one.get("elem", ()))))
+            for one in sets
+            if one["name"].rstrip("46") in kinds
+        }
 
     async def refresh(self) -> None:
         """Ask the lab again: processes and namespaces change when something is started anew."""

@@ -34,6 +34,7 @@ BRIEF: Final = 1.5
 _DOMAIN: Final = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _KIND: Final = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
 _REQUEST: Final = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
+_KEPT: Final = b"GET / HTTP/1.1\r\n\r\n"
 _ROOM: Final = 64
 """Requests at once: more would only measure this process."""
 
@@ -82,6 +83,10 @@ async def ask(one: Ask, patience: float = PATIENCE) -> Outcome:
             return type(error).__name__ + f" {error.errno}"
     if not said:
         return "closed"
+    return _answer(said)
+
+
+def _answer(said: bytes) -> Answer:
     told = json.loads(said.rpartition(b"\r\n\r\n")[2])
     return Answer(told["replica"], told["node"], told["client"])
 
@@ -97,6 +102,64 @@ async def _exchange(own: socket.socket, one: Ask) -> bytes:
     while more := await loop.sock_recv(own, 4096):
         said += more
     return said
+
+
+class Held:
+    """A TCP connection that stays open, or a UDP flow from one port."""
+
+    def __init__(self, asked: Ask) -> None:
+        self.asked = asked
+        self._socket = born(asked.netns, asked.address, asked.protocol)
+
+    async def again(self) -> Outcome:
+        """Ask once more."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                if self._fresh:
+                    await loop.sock_connect(self._socket, (self.asked.address, self.asked.port))
+                await loop.sock_sendall(self._socket, _KEPT)
+                said = b""
+                while not said.endswith(b"}\n"):
+                    more = await loop.sock_recv(self._socket, 4096)
+                    if not more:
+                        return "closed"
+                    said += more
+        except TimeoutError:
+            return SILENCE
+        except OSError as error:
+            return REFUSED if isinstance(error, ConnectionRefusedError) else type(error).__name__
+        return _answer(said)
+
+    @property
+    def _fresh(self) -> bool:
+        try:
+            self._socket.getpeername()
+        except OSError:
+            return True
+        return False
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@asynccontextmanager
+async def held(asks: Iterable[Ask]) -> AsyncIterator[dict[Held, Outcome]]:
+    """Connections that stay open for the time of a block, and their first outcomes."""
+    connections = [Held(one) for one in asks]
+    try:
+        outcomes = await asyncio.gather(*(one.again() for one in connections))
+        yield dict(zip(connections, outcomes, strict=True))
+    finally:
+        for one in connections:
+            one.close()
+
+
+async def again(connections: Iterable[Held]) -> dict[Held, Outcome]:
+    """What open connections answer now."""
+    each = list(connections)
+    outcomes = await asyncio.gather(*(one.again() for one in each))
+    return dict(zip(each, outcomes, strict=True))
 
 
 async def ask_all(asks: Iterable[Ask], patience: float = PATIENCE) -> list[Outcome]:
