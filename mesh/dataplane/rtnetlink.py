@@ -166,7 +166,7 @@ class Rtnetlink:
     def _routes(self, names: dict[int, str]) -> Iterator[tuple[LinkKey, LinkValue]]:
         for family in FAMILIES:
             for m in self._dump(self._ip.get_routes, family=_AF[family], proto=link.PROTOCOL):
-                if m["proto"] != link.PROTOCOL:
+                if m["proto"] != link.PROTOCOL:  # kernels before 4.20 do not filter
                     continue
                 key = link.Route(m.get("table"), _prefix(m, family))
                 if m["type"] == _THROW:

@@ -38,10 +38,9 @@ _START_SECONDS: Final = 15.0
 class Overlay:
     """The driver of the overlay device; there is one per network namespace."""
 
-    def __init__(self, links: LinkDriver, state_dir: Path) -> None:
+    def __init__(self, links: LinkDriver) -> None:
         self._links = links
         self._name = links.names.overlay
-        self._log_file = state_dir / "wireguard-go.log"
 
     async def bring_up(self, key: PrivateKey, port: int, desired: Mapping[str, Peer]) -> None:
         """Make the device what it should be, from whatever it is: absent, dead, ours or empty.
@@ -106,32 +105,32 @@ class Overlay:
         """Start it as a daemon: it detaches when its device and socket are there."""
         host.check_program("wireguard-go", "wireguard-go")
         host.check_tun()
-        self._log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = await asyncio.to_thread(self._spawn)
-        if status:
-            said = self._log_file.read_text(errors="replace").strip().splitlines()
-            reason = said[-1] if said else f"exit status {status}"
-            raise ApplyFailed(f"wireguard-go {self._name}: {reason}; see {self._log_file}")
+        done = await asyncio.to_thread(self._spawn)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            reason = said or f"exit status {done.returncode}"
+            raise ApplyFailed(f"wireguard-go {self._name}: {reason}")
         log.info("started wireguard-go device=%s", self._name)
 
-    def _spawn(self) -> int:
-        """In a thread, with vfork(2): see mesh.dataplane.command."""
-        environment = {"PATH": os.environ.get("PATH", os.defpath), "LOG_LEVEL": "error"}
+    def _spawn(self) -> subprocess.CompletedProcess[bytes]:
+        """In a thread, with vfork(2): see mesh.dataplane.command.
+
+        Without LOG_LEVEL the daemon writes to /dev/null; with one it would fill a disk as long as
+        a peer is out of reach, and hold our pipe open.
+        """
         try:
-            with self._log_file.open("wb") as output:
-                return subprocess.run(
-                    ["wireguard-go", self._name],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,  # no signal meant for the agent reaches it
-                    cwd="/",
-                    env=environment,
-                    timeout=_START_SECONDS,
-                    check=False,
-                ).returncode
+            return subprocess.run(
+                ["wireguard-go", self._name],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                start_new_session=True,  # no signal meant for the agent reaches it
+                cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+                timeout=_START_SECONDS,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             raise ApplyFailed(
                 f"wireguard-go {self._name} was not ready after {_START_SECONDS:g} s: "
-                f"see {self._log_file}"
+                "is this machine overloaded?"
             ) from None

@@ -79,6 +79,15 @@ class Network:
         await self._driver.apply(rest)
         return problems
 
+    async def update(self, before: Wanted, after: Wanted) -> None:
+        """Write what differs between two plans, without reading: for a node that came or changed.
+
+        An endpoint that was announced anew is used at once.  Raises ApplyFailed; then, and when
+        anything else touched the network, `reconcile`.
+        """
+        await self._overlay.apply(Delta.between(before.peers, after.peers))
+        await self._driver.apply(link.changes(before.links, after.links))
+
     async def remove(self) -> None:
         """Delete all of it; kernel settings stay as they are."""
         await self._driver.remove()

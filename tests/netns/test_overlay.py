@@ -58,7 +58,7 @@ class Machine:
     def start(self) -> None:
         """A new agent: drivers that know nothing."""
         self.links = LinkDriver(self.names)
-        self.overlay = Overlay(self.links, self.state_dir)
+        self.overlay = Overlay(self.links)
         self.net = Network(self.overlay, self.links, SysctlDriver(Path("/proc/sys")))
 
     def restart(self) -> None:
@@ -257,6 +257,22 @@ def test_peers_come_and_go_without_touching_the_sessions_of_others(
     assert after[two.key.public].handshake == before.handshake
     assert after[two.key.public].received > before.received
     assert not one.namespace.reaches(three.network.overlay[0])
+
+
+def test_a_change_of_plan_is_applied_without_reading_and_leaves_nothing_to_do(
+    machines: list[Machine],
+) -> None:
+    one, two, three = machines
+    for machine in (one, three):
+        machine.join(mesh(*machines))
+    before, after = one.wanted(mesh(one, two)), one.wanted(mesh(one, three, family=Family.V6))
+    one.join(mesh(one, two))
+
+    one.namespace.run(one.net.update(before, after))
+
+    assert not link.changes(one.namespace.run(one.links.read()), after.links)
+    assert one.namespace.run(one.overlay.read()).peers == after.peers
+    eventually(lambda: one.namespace.reaches(three.network.overlay[1]), "the new peer")
 
 
 def test_a_tunnel_that_died_is_revived_with_all_that_hung_on_it(machines: list[Machine]) -> None:
