@@ -60,6 +60,8 @@ class Agent:
         self._pending = _NOTHING
         self._changed = asyncio.Event()
         self._nodes_changed = asyncio.Event()
+        self._first_picture = asyncio.Event()
+        self._forwarding = asyncio.Event()
         self._cluster_id = ""
         self._problem: Problem | None = None
 
@@ -99,7 +101,13 @@ class Agent:
             log.info("registered node=%s", self._config.node)
 
     async def _control(self, cluster: Cluster) -> None:
-        """Stand for election, and allocate while elected."""
+        """Stand for election, and allocate while elected.
+
+        Forwarding comes first: only a node that needs a number itself cannot wait for it.
+        """
+        await self._first_picture.wait()
+        if self._state.node_view() is not None:
+            await self._forwarding.wait()
         election = Election(self._store, self._keys.leader, self._config.node, cluster.liveness_ttl)
         await election.run(lambda guard: lead.lead(self._store, self._keys, guard))
 
@@ -115,6 +123,7 @@ class Agent:
                     self._pending.services | touched.services, self._pending.nodes | touched.nodes
                 )
                 self._changed.set()
+                self._first_picture.set()
                 if touched.nodes:
                     self._nodes_changed.set()
 
@@ -161,6 +170,7 @@ class Agent:
             self._pending = _NOTHING
             revision = self._state.revision
             await reconciler.start()
+            self._forwarding.set()
             gc.collect()
             gc.freeze()  # what was loaded stays; no collection walks it again
             reporter = Reporter(self._store, self._keys.applied(node.name), driver.name)

@@ -120,8 +120,11 @@ class Reconciler:
             self._failed.clear()
 
     async def _resync(self) -> None:
-        """Bring the kernel in line from what it really holds; single out who cannot be served."""
+        """Mend the program, bring the kernel in line from what it really holds; single out who
+        cannot be served.
+        """
         self._failed.clear()
+        await self._driver.prepare()
         desired = self._ledger.elements()
         delta = Delta.between(await self._driver.read(), desired)
         try:
