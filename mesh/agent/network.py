@@ -37,7 +37,7 @@ class Network:
         self._state_dir = Path(config.state_dir)
         self.names = link.DeviceNames(config.overlay_device, config.steering_device, config.bridge)
         self._links = LinkDriver(self.names)
-        overlay = Overlay(self._links, self._state_dir)
+        overlay = Overlay(self._links)
         self._network = network.Network(overlay, self._links, SysctlDriver(Path("/proc/sys")))
         self.problems: tuple[Problem, ...] = ()
 
