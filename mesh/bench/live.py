@@ -15,7 +15,7 @@ import msgspec
 
 from mesh.bench import figures, records
 from mesh.errors import MeshError
-from mesh.lab import client, readiness
+from mesh.lab import client, control, readiness, wire
 from mesh.store import schema
 from mesh.store.protocol import MAX_OPERATIONS, Put
 
@@ -40,7 +40,7 @@ async def run(services: int, rounds: int, tell: Callable[[str], None]) -> dict[s
             tell("waiting for the controller")
             await _allocated(store, services + 1)
             tell("starting the agent cold")
-            cold = await _cold_start(lab)
+            cold = await _cold_start(lab, store)
             for replica in ("a", "b"):
                 server = (sys.executable, "-m", "mesh.lab.replica")
                 await lab.run_task(records.TOGGLED, NODE, server, f"{records.TOGGLED}-{replica}")
@@ -93,10 +93,18 @@ async def _allocated(store: Store, services: int) -> None:
     await readiness.until(all_there, _LIMIT, lambda: "the controller has not allocated all ports")
 
 
-async def _cold_start(lab: OwnLab) -> float:
+async def _cold_start(lab: OwnLab, store: Store) -> float:
     """Seconds from the agent's start, on a host without a table of ours, to all rules live."""
     await client.kill(lab.name, NODE, agent_only=True)
     await lab.run(NODE, ("nft", "delete", "table", "inet", "mesh"))
+    key = records.KEYS.applied(NODE)
+    before = await store.get(key)
+
+    async def reported() -> bool:
+        now = await store.get(key)
+        return now is not None and (before is None or now.mod_revision > before.mod_revision)
+
     began = time.perf_counter()
-    await lab.power_on(NODE)
+    await control.call(lab.name, wire.Start(target=NODE))
+    await readiness.until(reported, _LIMIT, lambda: "the agent has reported nothing")
     return time.perf_counter() - began

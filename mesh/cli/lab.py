@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from mesh.cli import options, output
+from mesh.cli import lab_demo, options, output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -90,6 +90,9 @@ async def _ready(own: OwnLab) -> None:
     await own.form()
     _show(await own.status())
     sys.stdout.flush()
+
+
+lab.add_command(lab_demo.demo)
 
 
 @lab.command()

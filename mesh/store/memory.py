@@ -62,7 +62,7 @@ class MemoryStore:
 
     async def get(self, key: str, revision: int = 0) -> KeyValue | None:
         """See Store.get."""
-        self._answer()
+        await self._answer()
         if not revision:
             return self._items.get(key)
         if not self._compacted <= revision <= self._revision:
@@ -74,18 +74,18 @@ class MemoryStore:
 
     async def list(self, *prefixes: str) -> Snapshot:
         """See Store.list."""
-        self._answer()
+        await self._answer()
         found = (item for key, item in self._items.items() if key.startswith(prefixes))
         return Snapshot(tuple(sorted(found)), self._revision)
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
         """See Store.put."""
-        self._answer()
+        await self._answer()
         return self._commit([Put(key, value, lease)])
 
     async def delete(self, key: str) -> bool:
         """See Store.delete."""
-        self._answer()
+        await self._answer()
         present = key in self._items
         self._commit([Delete(key)])
         return present
@@ -94,7 +94,7 @@ class MemoryStore:
         self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
     ) -> TransactionResult:
         """See Store.transact."""
-        self._answer()
+        await self._answer()
         check_operations(operations)
         for condition in conditions:
             item = self._items.get(condition.key)
@@ -128,7 +128,7 @@ class MemoryStore:
 
     async def grant(self, ttl: int) -> int:
         """See Store.grant."""
-        self._answer()
+        await self._answer()
         lease = next(self._lease_ids)
         self._leases[lease] = _Lease(ttl)
         self._arm(lease)
@@ -136,7 +136,7 @@ class MemoryStore:
 
     async def keep_alive(self, lease: int) -> int:
         """See Store.keep_alive."""
-        self._answer()
+        await self._answer()
         if lease not in self._leases:
             raise LeaseLost(f"lease {lease} is unknown")
         self._arm(lease)
@@ -144,7 +144,7 @@ class MemoryStore:
 
     async def revoke(self, lease: int) -> None:
         """See Store.revoke."""
-        self._answer()
+        await self._answer()
         self.expire(lease)
 
     async def close(self) -> None:
@@ -187,7 +187,8 @@ class MemoryStore:
         self._reset()
         self._running = True
 
-    def _answer(self) -> None:
+    async def _answer(self) -> None:
+        await asyncio.sleep(0)  # as over a network, others get their turn in between
         if not self._running:
             raise StoreUnavailable("the in-memory store is stopped; start it again")
 

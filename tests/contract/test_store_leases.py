@@ -166,6 +166,16 @@ async def test_of_many_candidates_one_leads(store: MemoryStore) -> None:
         assert item.mod_revision == leader.terms[0].revision
 
 
+async def test_a_leader_stays_in_office_for_many_lease_times(store: MemoryStore) -> None:
+    candidate = Candidate(store, "n1", 1)
+    async with running(candidate.election.run(candidate.lead)):
+        await one_leads(candidate)
+        await asyncio.sleep(2.5)
+
+        assert candidate.leading
+        assert len(candidate.terms) == 1
+
+
 async def test_a_leader_that_leaves_is_replaced_at_once(store: MemoryStore) -> None:
     first, second = Candidate(store, "n1", 600), Candidate(store, "n2", 600)
     async with running(second.election.run(second.lead)):

@@ -24,12 +24,10 @@ from mesh.store.protocol import (
     Store,
 )
 from tests.support.etcd import Etcd, etcd
+from tests.support.stores import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-
-LIMIT = 20.0
-"""Seconds a store may take for anything here before the test fails."""
 
 
 @dataclass(frozen=True)
@@ -68,28 +66,6 @@ def store(world: World) -> Store:
 def top(request: pytest.FixtureRequest) -> str:
     """A prefix no other test uses: some stores serve the whole module."""
     return f"/{request.node.name}/"
-
-
-class Watch:
-    """Reads a watch; `established` is the store's revision when it began."""
-
-    def __init__(self, stream: AsyncGenerator[Changes, None]) -> None:
-        self._stream = stream
-        self.seen: list[tuple[str, bytes | None]] = []
-        self.batches: list[Changes] = []
-
-    async def next(self) -> Changes:
-        async with asyncio.timeout(LIMIT):
-            changes = await anext(self._stream)
-        if changes.changes:
-            self.batches.append(changes)
-        self.seen += [(c.key, c.value.value if c.value else None) for c in changes.changes]
-        return changes
-
-    async def until(self, count: int) -> list[tuple[str, bytes | None]]:
-        while len(self.seen) < count:
-            await self.next()
-        return self.seen
 
 
 def watching(store: Store, since: Mapping[str, int]) -> aclosing[AsyncGenerator[Changes, None]]:

@@ -196,6 +196,7 @@ def test_the_host_is_seen_without_the_mesh(
     wire(node, "eth0", far, "eth0", "192.0.2.1/24", "2001:db8::1/64")
     wire(node, "eth1", far, "eth1", "198.51.100.1/24")
     node.sh("ip", "link", "set", "eth0", "mtu", "1400")
+    node.sh("ip", "link", "set", "eth1", "mtu", "1300")
     node.sh("ip", "route", "add", "default", "via", "192.0.2.254")
     node.run(converge(driver, plan()))
 
@@ -210,21 +211,28 @@ def test_the_host_is_seen_without_the_mesh(
         node.run(driver.underlay()).check(CLUSTER)
 
 
-def test_a_change_by_somebody_else_wakes_the_watch(node: Namespace, driver: LinkDriver) -> None:
-    async def watch(damage: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("ip", "rule", "add", "pref", "99", "lookup", "99"),
+        ("ip", "-6", "rule", "add", "pref", "99", "lookup", "99"),
+        ("ip", "route", "add", "192.0.2.0/24", "dev", "lo"),
+        ("ip", "-6", "route", "add", "2001:db8::/64", "dev", "lo"),
+        ("ip", "addr", "add", "192.0.2.1/32", "dev", "lo"),
+        ("ip", "link", "add", "other", "type", "bridge"),
+    ],
+)
+def test_a_change_by_somebody_else_wakes_the_watch(far: Namespace, change: tuple[str, ...]) -> None:
+    async def watch() -> None:
         woken = asyncio.Event()
         watch = LinkWatch(woken.set)
         try:
-            await asyncio.to_thread(node.sh, *damage)
+            await asyncio.to_thread(far.sh, *change)
             await asyncio.wait_for(woken.wait(), 30)
         finally:
             watch.close()
 
-    node.run(converge(driver, plan()))
-    for family in ("-4", "-6"):
-        node.run(watch(("ip", family, "rule", "del", "pref", "7000")))
-        node.run(watch(("ip", family, "route", "flush", "table", "7002")))
-    node.run(watch(("ip", "link", "del", NAMES.steering)))
+    far.run(watch())
 
 
 def test_kernel_settings_are_written_once(node: Namespace, driver: LinkDriver) -> None:

@@ -70,6 +70,10 @@ class Records:
         """A record, or None."""
         return next((json.loads(value) for value in self._range(key).values()), None)
 
+    def text(self, key: str) -> str:
+        """A value that is not JSON, or nothing."""
+        return next((value.decode() for value in self._range(key).values()), "")
+
     def under(self, prefix: str) -> dict[str, Any]:
         """The records below a prefix that ends in a slash, by the rest of their keys."""
         found = self._range(prefix, range_end=_base64(_after(prefix)))
@@ -215,6 +219,13 @@ class Cluster:
         """What a node reports to be wrong, as one text."""
         return json.dumps((self.records.get(f"applied/{node}") or {}).get("problems", []))
 
+    def answers(self) -> bool:
+        """Whether etcd does."""
+        try:
+            return self.records.get("cluster") is not None
+        except OSError:
+            return False
+
     async def settled(self, *nodes: str) -> None:
         """Wait until the nodes have in their kernels what was written last, and its allocations."""
         names = nodes or tuple(node.name for node in self.nodes)
@@ -227,11 +238,12 @@ class Cluster:
 
     async def allocated(self, *services: str) -> None:
         """Wait until services have their VIPs and ingress ports, and all nodes know."""
-        await until(lambda: all(map(self._is_allocated, services)), f"allocations of {services}")
+        await until(lambda: all(map(self.is_allocated, services)), f"allocations of {services}")
         self.revision = max(self._written("allocations/"), self.revision)
         await self.settled()
 
-    def _is_allocated(self, service: str) -> bool:
+    def is_allocated(self, service: str) -> bool:
+        """Whether a service has its VIP and its ingress ports."""
         spec = self.records.get(f"services/{service}")
         wanted = {
             f"{p.get('protocol', 'tcp')}/{p['published']}"
@@ -297,6 +309,29 @@ class Cluster:
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr or done.stdout}"
         return done.stdout
+
+    @contextmanager
+    def watched(self, node: str) -> Iterator[list[str]]:
+        """What becomes of a node's rules during a block: nft's lines, complete after it."""
+        lines: list[str] = []
+        argv = ("nsenter", f"--net={self.netns(node)}", "--", "nft", "monitor")
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as monitor:
+            try:
+                yield lines
+            finally:
+                marked = self._mark(node)
+                assert monitor.stdout is not None
+                for line in monitor.stdout:
+                    if marked in line:
+                        break
+                    lines.append(line.strip())
+                monitor.kill()
+
+    def _mark(self, node: str) -> str:
+        """Do something that `watched` sees; what it looks like."""
+        self.sh(node, "nft", "add", "table", "inet", "end-of-watch")
+        self.sh(node, "nft", "delete", "table", "inet", "end-of-watch")
+        return "end-of-watch"
 
     def agent_runs(self, node: str) -> bool:
         """Whether the agent that `status` knows of is still there."""

@@ -6,13 +6,16 @@ import asyncio
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from mesh.store.protocol import Snapshot
+from mesh.store.etcd import EtcdStore
+from mesh.store.etcd_channel import EtcdOptions
+from mesh.store.protocol import Changes, Snapshot
 from mesh.store.sync import Follower
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 
     from mesh.store.protocol import Store
+    from tests.support.etcd import Etcd
 
 LIMIT = 30.0
 """Seconds a store may take for anything before a test fails."""
@@ -85,3 +88,38 @@ async def following(store: Store, *prefixes: str) -> AsyncIterator[Picture]:
     async with running(picture.run()):
         await picture.connects()
         yield picture
+
+
+class Watch:
+    """Reads a watch; `established` is the store's revision when it began."""
+
+    def __init__(self, stream: AsyncGenerator[Changes, None]) -> None:
+        self._stream = stream
+        self.seen: list[tuple[str, bytes | None]] = []
+        self.batches: list[Changes] = []
+
+    async def next(self) -> Changes:
+        async with asyncio.timeout(LIMIT):
+            changes = await anext(self._stream)
+        if changes.changes:
+            self.batches.append(changes)
+        self.seen += [(c.key, c.value.value if c.value else None) for c in changes.changes]
+        return changes
+
+    async def until(self, count: int) -> list[tuple[str, bytes | None]]:
+        while len(self.seen) < count:
+            await self.next()
+        return self.seen
+
+
+@asynccontextmanager
+async def connected(options: EtcdOptions) -> AsyncIterator[EtcdStore]:
+    store = EtcdStore(options)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def to(*servers: Etcd) -> EtcdOptions:
+    return EtcdOptions(tuple(server.url for server in servers), probe=0.3, stall=0.9)
