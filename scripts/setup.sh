@@ -15,7 +15,7 @@ install_packages() {
   for entry in "${packages[@]}"; do
     command -v "${entry%%:*}" >/dev/null || missing+=("${entry##*:}")
   done
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing+=(python3)
+  command -v python3 >/dev/null || missing+=(python3)
   python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
   [ ${#missing[@]} -eq 0 ] && return
   command -v apt-get >/dev/null ||
@@ -38,8 +38,14 @@ install_packages() {
   rm -f "$log"
 }
 
+check_python() {
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "Python 3.11 or newer is needed, and this is $(python3 -V); Debian 12 and Ubuntu 24.04 have it"
+}
+
 install_python() { # $1: what of the project to install, e.g. ".[dev]"
   local stamp wanted
+  check_python
   wanted="$1 $(python3 -V) $(sha256sum <pyproject.toml) $PWD"
   stamp=.venv/installed
   [ -f "$stamp" ] && grep -qxF -- "$wanted" "$stamp" && return

@@ -38,6 +38,9 @@ READY_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 10.0
 """How long a new replica may take until every living node sends connections to it."""
 
+_IN_ORDER: Final = 5
+"""So few nodes start one after the other, for the sake of their numbers."""
+
 _DESCRIPTORS: Final = ("control", "relay", "lifeline")
 
 
@@ -148,6 +151,8 @@ class Lab:
             await readiness.initialise(store, BUILD_SECONDS)
             for node in nodes:
                 await control.call(self.name, wire.Start(target=node))
+                if len(nodes) <= _IN_ORDER:
+                    await self._known(store, node)
             lacking: dict[str, str] = {}
 
             async def ready() -> bool:
@@ -163,6 +168,15 @@ class Lab:
             await readiness.until(
                 ready, READY_SECONDS, lambda: "; ".join(f"{n}: {w}" for n, w in lacking.items())
             )
+
+    async def _known(self, store: Store, node: str) -> None:
+        """Wait until a node has registered: numbers are given in that order, so n1 gets 1."""
+
+        async def registered() -> bool:
+            await self._check_agents([node])
+            return await store.get(readiness.KEYS.node(node)) is not None
+
+        await readiness.until(registered, READY_SECONDS, lambda: f"{node} has not registered")
 
     async def _check_agents(self, nodes: Sequence[str]) -> None:
         for node in (await self.status()).nodes:
