@@ -13,7 +13,6 @@ import pytest
 
 from mesh.errors import BadUsage, StoreUnavailable
 from mesh.store.election import Election
-from mesh.store.etcd import EtcdStore
 from mesh.store.etcd_channel import EtcdOptions
 from mesh.store.lease import LeaseHolder
 from mesh.store.protocol import Compare, Put
@@ -23,6 +22,8 @@ from tests.support.stores import Picture, connected, eventually, following, runn
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
+
+    from mesh.store.etcd import EtcdStore
 
 pytestmark = pytest.mark.cluster
 
