@@ -142,6 +142,15 @@ async def test_a_lost_member_is_left_for_another_and_no_event_is_lost(
             await nothing_is_lost(picture, writer)
 
 
+async def test_a_call_to_a_frozen_member_goes_on_to_the_next(members: list[Etcd]) -> None:
+    async with connected(to(*members)) as store:
+        await store.get("/a")
+        members[0].freeze()
+
+        assert await store.put("/a", b"1") > 0
+        assert (await store.transact([Compare("/b", 0)], [Put("/b", b"1")])).succeeded
+
+
 async def test_endpoints_that_are_dead_or_mute_cost_little(server: Etcd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         endpoints = (
