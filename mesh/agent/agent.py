@@ -178,6 +178,7 @@ class Agent:
             await lease.put(self._keys.alive(node.name), b"{}")
             tasks.create_task(lease.run(), name="lease")
             tasks.create_task(reporter.run(lambda: self._problems(reconciler)), name="reporter")
+            tasks.create_task(self._keep_healed(driver, reconciler), name="healer")
             log.info("forwarding node=%s number=%d", node.name, node.network.number)
             while True:
                 await self._changed.wait()
@@ -190,6 +191,15 @@ class Agent:
                 reporter.applied(revision)
         finally:
             driver.close()
+
+    async def _keep_healed(self, driver: Driver, reconciler: Reconciler) -> None:
+        """Put back what somebody else removes from our tables, or adds to them."""
+        while True:
+            what = await driver.tampered()
+            await asyncio.sleep(_SETTLE_SECONDS)
+            differed = await reconciler.heal()
+            if differed:
+                log.warning("healed elements=%d after=%r", differed, what)
 
     def _driver(self, cluster: Cluster, node: NodeView) -> Driver:
         devices = Devices(*self._network.names, node.network.bridge_mac)

@@ -6,6 +6,7 @@ never writes before `start` was given the first complete picture.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ class Reconciler:
         self._ledger = Ledger()
         self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
+        self._writing = asyncio.Lock()
 
     async def start(self) -> None:
         """Take over what the kernel holds: same ids, and only the difference is written.
@@ -77,12 +79,18 @@ class Reconciler:
             await self._apply(Delta(changed, missing))
         return len(missing)
 
+    async def heal(self) -> int:
+        """Bring the kernel back from what somebody else did; how many elements differed."""
+        async with self._writing:
+            return await self._resync()
+
     async def reconcile(self, touched: Touched) -> int:
         """Plan the touched services again and write what differs; how many elements that was."""
-        delta = self._stage(touched.services, nodes=touched.nodes)
-        if delta:
-            await self._apply(delta)
-        return len(delta)
+        async with self._writing:
+            delta = self._stage(touched.services, nodes=touched.nodes)
+            if delta:
+                await self._apply(delta)
+            return len(delta)
 
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, and why."""
@@ -119,7 +127,7 @@ class Reconciler:
         else:
             self._failed.clear()
 
-    async def _resync(self) -> None:
+    async def _resync(self) -> int:
         """Mend the program, bring the kernel in line from what it really holds; single out who
         cannot be served.
         """
@@ -128,9 +136,11 @@ class Reconciler:
         desired = self._ledger.elements()
         delta = Delta.between(await self._driver.read(), desired)
         try:
-            await self._driver.apply(delta)
+            if delta:
+                await self._driver.apply(delta)
         except ApplyFailed:
             await self._apply_each()
+        return len(delta)
 
     async def _apply_each(self) -> None:
         """One owner at a time, so that a record the kernel refuses disturbs nobody else."""

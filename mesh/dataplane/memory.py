@@ -5,6 +5,7 @@ Refuses what the kernel refuses, so that a plan which works here works there.  F
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from mesh.errors import ApplyFailed, NotFound
@@ -45,6 +46,11 @@ class MemoryDriver:
                 raise _refused(key, "exists already with other data, or overlaps")
             changed[key] = data
         self._elements = changed
+
+    async def tampered(self) -> str:
+        """See Driver.tampered: nobody else can reach it."""
+        await asyncio.Event().wait()
+        return ""
 
     async def remove(self) -> None:
         """Forget the sets."""

@@ -6,6 +6,7 @@ not what the messages mean.  Calls block for microseconds: the kernel answers wi
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -30,6 +31,7 @@ _ATTRIBUTE_OFFSET: Final = 2
 _NESTED: Final = 0x8000
 _TYPE_MASK: Final = 0x3FFF
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_SO_ATTACH_FILTER: Final = 26
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 
 _SEND_BUFFER: Final = 64 << 20
@@ -240,6 +242,22 @@ class Socket:
                     raise
             else:
                 return list(_answers(bytes(self._view[:size])))
+
+    def ignore(self, port: int) -> None:
+        """Let the kernel leave out what the socket with this port id caused (socket(7), BPF).
+
+        The filter looks at the sender in a message's header; one transaction has one sender.
+        """
+        # Filters load words in network order; the field is in the host's.
+        sender = int.from_bytes(struct.pack("=I", port), "big")
+        program = (ctypes.c_uint8 * 32).from_buffer_copy(
+            struct.pack("=HBBI", 0x20, 0, 0, 12)  # A = nlmsg_pid
+            + struct.pack("=HBBI", 0x15, 0, 1, sender)  # if A is the sender's, next; else skip one
+            + struct.pack("=HBBI", 0x06, 0, 0, 0)  # drop
+            + struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)  # take all of it
+        )
+        attached = struct.pack("@HP", 4, ctypes.addressof(program))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
 
     def pending(self) -> list[Answer] | None:
         """Every notification that waits, without blocking; None if some were lost."""

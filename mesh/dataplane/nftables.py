@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.dataplane import command, nfmessages
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
+from mesh.dataplane.nfwatch import Watch
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.rules import elements, nft, program
 
@@ -52,6 +53,7 @@ class NftablesDriver:
         self._socket = Socket()
         self._sizes: frozenset[int] = frozenset()
         self._lock = asyncio.Lock()
+        self._watch: Watch | None = None
 
     @property
     def port(self) -> int:
@@ -201,14 +203,44 @@ class NftablesDriver:
         except TimeoutError as error:
             raise ApplyFailed(f"nftables: {error}") from None
 
+    async def tampered(self) -> str:
+        """See Driver.tampered.  What `nft` does for this driver counts as somebody else's."""
+        if self._watch is None:
+            self._watch = Watch(ignored=self.port)
+        while True:
+            await _readable(self._watch.fileno())
+            events = self._watch.read()
+            if events is None:
+                return "notifications were lost"
+            for event in events:
+                if event.table == "mesh":
+                    return f"{event.kind} {event.name} by port {event.port}"
+
     async def remove(self) -> None:
         """Delete our tables, and nobody else's."""
         async with self._lock:
             remove_tables(self._socket)
 
     def close(self) -> None:
-        """Close the socket; the kernel keeps forwarding."""
+        """Close the sockets; the kernel keeps forwarding."""
         self._socket.close()
+        if self._watch is not None:
+            self._watch.close()
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(descriptor, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def remove_tables(netlink: Socket) -> None:

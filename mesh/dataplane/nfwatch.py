@@ -38,10 +38,15 @@ class Event(NamedTuple):
 
 
 class Watch:
-    """A subscription, in the network namespace it was made in.  `fileno` is for an event loop."""
+    """A subscription, in the network namespace it was made in.  `fileno` is for an event loop.
 
-    def __init__(self) -> None:
+    Changes made through the socket with the port id `ignored` are left out.
+    """
+
+    def __init__(self, ignored: int = 0) -> None:
         self._socket = Socket(NFTABLES_GROUP)
+        if ignored:
+            self._socket.ignore(ignored)
 
     def fileno(self) -> int:
         """Readable when there is something to `read`."""

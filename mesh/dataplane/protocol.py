@@ -28,6 +28,10 @@ class Driver(Protocol):
         """Apply a change, all or nothing.  Raises ApplyFailed with the culprit element."""
         ...
 
+    async def tampered(self) -> str:
+        """Wait until somebody else may have changed what is ours; what is known of it."""
+        ...
+
     async def remove(self) -> None:
         """Delete everything this driver owns, and nothing else."""
         ...
