@@ -110,7 +110,8 @@ def settled(seen: Sequence[Seen], at: float, limit: float) -> Verdict:
     detail = f"{len(lost)} of {len(seen)} failed"
     if lost:
         kinds = ", ".join(sorted({str(one.failure) for one in lost}))
-        detail += f" ({kinds}), the last began {_duration(last - at)} after"
+        side = "after" if last >= at else "before"
+        detail += f" ({kinds}), the last began {_duration(abs(last - at))} {side}"
     wanted = f"none to fail that begins {_duration(limit)} after or in the last {_duration(QUIET)}"
     return _verdict(right, wanted, detail)
 
