@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mesh.errors import NotFound
-from mesh.lab import client, demo_checks, demo_rows, readiness
+from mesh.lab import client, control, demo_checks, demo_rows, readiness
 from mesh.lab.demo_client import innermost
 from mesh.lab.demo_prober import Ask
 from mesh.lab.demo_rows import WEB
@@ -35,8 +35,8 @@ PAUSE: Final = 0.03
 AGENTLESS: Final = 0.5
 """Seconds that a node goes without its agent, besides what the start of one takes."""
 
-REPLICA_SECONDS: Final = 1.0
-"""A replica's supervisor withdraws it at once; the rest is for crowded machines."""
+REPLICA_SECONDS: Final = 2.0
+"""A replica's supervisor withdraws it at once; one started again refuses until it listens."""
 
 RESTART_SECONDS: Final = 10.0
 """Its supervisor waits 0.2 s, and an interpreter starts in some tenths of a second."""
@@ -71,34 +71,30 @@ async def kill_replica(stage: Stage, scene: Scene, store: Store) -> None:
     """Kill a replica: the others take over, until its supervisor has started it again."""
     stage.group("replica", f"The replica {REPLICA} is killed (SIGKILL)")
     stage.begin("connections meanwhile")
-    key = readiness.KEYS.task("web", REPLICA)
-    (pid,) = (task.pid for task in (await stage.lab.status()).tasks if task.id == REPLICA)
-    before = await store.get(key)
+    victim, dead = innermost(await stage.supervisor(REPLICA)), math.inf
+    before = await _registered(store)
 
     async def restarted() -> bool:
-        record = await store.get(key)
-        return (
-            record is not None
-            and before is not None
-            and record != before
-            and not ((await readiness.read(store)).behind(record.mod_revision))
-        )
+        now = await _registered(store)
+        return now > before and not (await readiness.read(store)).behind(now)
 
     async def disturb() -> float:
+        nonlocal dead
         at = time.monotonic()
-        os.kill(innermost(pid), signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
+        await control.gone(victim, _LIMIT)
+        dead = time.monotonic()
         await readiness.until(restarted, _LIMIT, lambda: f"{REPLICA} is not started again")
         return at
 
     seen, at = await stage.under_load(_load(scene.nodes), disturb())
     answers = _all(seen)
-    back = next((o.began for o in answers if o.replica == REPLICA and o.began > at), math.inf)
-    meanwhile = [one for one in answers if at < one.began < back]
+    back = next((o.began for o in answers if o.replica == REPLICA and o.began > dead), math.inf)
+    meanwhile = [one for one in answers if dead < one.began < back]
     others = [task for task in WEB if task != REPLICA]
-    settled = demo_checks.settled(answers, at, REPLICA_SECONDS)
-    stage.tell("connections, every node", settled)
+    stage.tell("connections, every node", demo_checks.settled(answers, at, REPLICA_SECONDS))
     stage.tell("answers while it is gone", demo_checks.taken_over(meanwhile, others))
-    again = demo_checks.back(answers, at, REPLICA, RESTART_SECONDS)
+    again = demo_checks.back(answers, dead, REPLICA, RESTART_SECONDS)
     stage.tell("started by its supervisor", again)
 
 
@@ -124,6 +120,12 @@ async def kill_node(stage: Stage, scene: Scene, store: Store) -> None:
     left = [task for task, node in demo_rows.TASKS.items() if task in WEB and node != NODE]
     for node in rest:
         await stage.ask(demo_rows.answered_by(f"{node.name} then", [node], left))
+
+
+async def _registered(store: Store) -> int:
+    """The revision of the replica's record; 0 if there is none."""
+    record = await store.get(readiness.KEYS.task("web", REPLICA))
+    return 0 if record is None else record.mod_revision
 
 
 async def _liveness(store: Store) -> int:

@@ -9,7 +9,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
-from mesh.errors import MeshError
+from mesh.errors import MeshError, NotFound
 from mesh.lab import control, wire
 from mesh.lab.demo_checks import Check
 from mesh.lab.demo_client import Client
@@ -71,6 +71,13 @@ class Stage:
     async def start_client(self, name: str, pid: int) -> None:
         """Let `name` be asked from the namespaces of process `pid`."""
         self._clients[name] = await Client.start(name, pid)
+
+    async def supervisor(self, replica: str) -> int:
+        """The host's number of the process that runs a replica.  Raises NotFound."""
+        for task in (await self.lab.status()).tasks:
+            if task.id == replica:
+                return task.pid
+        raise NotFound(f"lab {self.lab.name} runs no replica {replica!r}")
 
     async def ask(self, row: Row) -> None:
         """Ask all of a row's questions at once, and show it.  Raises MeshError."""
