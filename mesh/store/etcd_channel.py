@@ -59,6 +59,8 @@ _REMEDIES: Final = {
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
+_WAKE: Final = 0.1
+"""Seconds for a stream that ended to say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +174,7 @@ class Link:
             )
             if not call.streams:
                 return await under_way
-            try:
-                await under_way.write(request)
-                reply = await under_way.read()
-            finally:
-                under_way.cancel()
+            reply = await _first_reply(under_way, request, timeout)
         if reply is grpc.aio.EOF:
             raise Unreachable("the stream ended")
         return reply
@@ -284,6 +282,24 @@ class Connection:
         self._closed = True
         if self._link is not None:
             await self._link.close()
+
+
+async def _first_reply(call: Any, request: Any, timeout: float) -> Any:
+    """Send one request on a new stream and end it after its reply."""
+
+    async def exchange() -> Any:
+        await call.write(request)
+        return await call.read()
+
+    exchanging, loop = asyncio.ensure_future(exchange()), asyncio.get_running_loop()
+    # gRPC never wakes the writer of a call that was ended before its metadata was sent.
+    call.add_done_callback(lambda _: loop.call_later(_WAKE, exchanging.cancel))
+    try:
+        return await asyncio.wait_for(exchanging, timeout)
+    except TimeoutError:
+        raise Unreachable("Deadline Exceeded") from None
+    finally:
+        call.cancel()
 
 
 def _target(endpoint: str) -> str:
