@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.errors import MeshError
-from mesh.lab import client, demo_faults, demo_rows, readiness
+from mesh.lab import client, demo_faults, demo_rows, environment, readiness
 from mesh.lab.demo_checks import Check, Verdict
 from mesh.lab.demo_client import innermost
 from mesh.lab.demo_rows import Scene
@@ -137,7 +137,6 @@ async def _scene(stage: Stage, store: Store) -> Scene:
 
 async def _detour(stage: Stage, scene: Scene) -> None:
     """Let c1 route through a node what is to be closed."""
-    for command in demo_rows.detours(scene):
-        done = await stage.lab.run("c1", command)
-        if done.code:
-            raise MeshError(f"c1: {' '.join(command)}: {done.stderr.strip()}")
+    done = await stage.lab.run("c1", demo_rows.detour(scene))
+    if done.code:
+        raise MeshError(f"c1 cannot add its routes: {environment.last_line(done.stderr)}")
