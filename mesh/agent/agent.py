@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mesh.agent.network import Network
@@ -19,7 +20,7 @@ from mesh.agent.state import KINDS, State, Touched
 from mesh.controller import lead
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.dataplane.nftables import NftablesDriver
-from mesh.errors import HostNotReady
+from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.model.cluster import Cluster
 from mesh.model.node import Role
 from mesh.model.report import Problem
@@ -30,7 +31,7 @@ from mesh.store.lease import LeaseHolder
 from mesh.store.sync import Follower
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from mesh.agent.config import AgentConfig
     from mesh.dataplane.protocol import Driver
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _CHECK_SECONDS: Final = 5.0
 """How often links and WireGuard are looked at without being told that they changed."""
+
+_RETRY_SECONDS: Final = 0.2
 
 _SETTLE_SECONDS: Final = 0.05
 """Link notifications come in bursts; one pass answers a whole burst."""
@@ -62,6 +65,7 @@ class Agent:
         self._nodes_changed = asyncio.Event()
         self._first_picture = asyncio.Event()
         self._forwarding = asyncio.Event()
+        self._lease: LeaseHolder | None = None
         self._cluster_id = ""
         self._problem: Problem | None = None
 
@@ -71,7 +75,7 @@ class Agent:
         self._cluster_id = cluster.id
         try:
             await self._register(cluster)
-            lease = LeaseHolder(self._store, cluster.liveness_ttl)
+            self._lease = lease = LeaseHolder(self._store, cluster.liveness_ttl)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow(), name="follow")
                 if self._config.role is Role.MANAGER:
@@ -117,15 +121,26 @@ class Agent:
         follower = Follower(self._store, *(f"{self._keys.prefix}/{kind}" for kind in KINDS))
         async with aclosing(follower.updates()) as updates:
             async for event in updates:
+                self._state.doubting = self._lease is None or self._lease.is_doubtful()
                 touched = self._state.apply(event)
                 del event  # a snapshot is large, and the next event may be long in coming
-                self._pending = Touched(
-                    self._pending.services | touched.services, self._pending.nodes | touched.nodes
-                )
-                self._changed.set()
+                self._touch(touched)
                 self._first_picture.set()
-                if touched.nodes:
-                    self._nodes_changed.set()
+
+    def _touch(self, touched: Touched) -> None:
+        """Have it planned again."""
+        self._pending = Touched(
+            self._pending.services | touched.services, self._pending.nodes | touched.nodes
+        )
+        self._changed.set()
+        if touched.nodes:
+            self._nodes_changed.set()
+
+    def _settle_doubts(self) -> None:
+        """Take for gone what did not come back after etcd had ended its leases."""
+        if self._state.doubted and self._lease is not None and not self._lease.is_doubtful():
+            log.warning("gone since etcd was away: %s", " ".join(sorted(self._state.doubted)))
+            self._touch(self._state.believe())
 
     async def _numbered(self) -> NodeView:
         """Wait for the controller to give this node its number."""
@@ -187,7 +202,7 @@ class Agent:
                     continue
                 touched, self._pending = self._pending, _NOTHING
                 revision = self._state.revision
-                await reconciler.reconcile(touched)
+                await self._until_done(partial(reconciler.reconcile, touched), reconciler)
                 reporter.applied(revision)
         finally:
             driver.close()
@@ -197,9 +212,22 @@ class Agent:
         while True:
             what = await driver.tampered()
             await asyncio.sleep(_SETTLE_SECONDS)
-            differed = await reconciler.heal()
+            differed = await self._until_done(reconciler.heal, reconciler)
             if differed:
                 log.warning("healed elements=%d after=%r", differed, what)
+
+    async def _until_done(self, step: Callable[[], Awaitable[int]], reconciler: Reconciler) -> int:
+        """Do a step; as long as the rules cannot be written, try to heal them instead.
+
+        Somebody may delete the table in the middle of it.
+        """
+        while True:
+            try:
+                return await step()
+            except (ApplyFailed, CommandFailed, HostNotReady, NotFound) as error:
+                log.error("rules not in line, trying again: %s", error)
+            await asyncio.sleep(_RETRY_SECONDS)
+            step = reconciler.heal
 
     def _driver(self, cluster: Cluster, node: NodeView) -> Driver:
         devices = Devices(*self._network.names, node.network.bridge_mac)
@@ -236,6 +264,7 @@ class Agent:
                     pass
                 await asyncio.sleep(_SETTLE_SECONDS)
                 self._nodes_changed.clear()
+                self._settle_doubts()
                 if self._in_sync():
                     await self._sync_network()
         finally:

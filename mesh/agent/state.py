@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mesh.model.node import Node
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
+    from mesh.store.protocol import KeyValue
 
 if TYPE_CHECKING:
     _Parse = Callable[[str, bytes], object]
@@ -59,9 +60,13 @@ class State:
         self.keys = keys
         self.node = node
         self.revision = 0
+        self.doubting = False
+        """Set while etcd may have ended leases wrongly: what ends with one is `doubted` instead."""
+        self.doubted: set[str] = set()
         self.invalid: dict[str, Problem] = {}
         self.claims = claims.Claims()
         self._entries: dict[str, Entry] = {}
+        self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
         self._nodes: dict[str, Node] = {}
         self._tasks: dict[str, dict[str, Entry]] = {}
@@ -104,16 +109,26 @@ class State:
                 if key not in present:
                     yield self._delete(key)
             for item in event.items:
-                yield self._put(item.key, item.value, item.create_revision)
+                yield self._put(item)
         else:
             for change in event.changes:
                 if change.value is None:
                     yield self._delete(change.key)
                 else:
-                    item = change.value
-                    yield self._put(item.key, item.value, item.create_revision)
+                    yield self._put(change.value)
 
-    def _put(self, key: str, value: bytes, created: int) -> Touched:
+    def believe(self) -> Touched:
+        """Take the doubted keys for gone; which services that touches, and whether nodes."""
+        self.doubting = False
+        touched = [self._delete(key) for key in sorted(self.doubted)]
+        services = frozenset[str]().union(*(t.services for t in touched))
+        for name in services:
+            services |= self._claim(name)
+        return Touched(services, any(t.nodes for t in touched))
+
+    def _put(self, item: KeyValue) -> Touched:
+        key, value = item.key, item.value
+        self.doubted.discard(key)
         parts = self._parts(key)
         if len(parts) not in _DEPTHS.get(parts[0], ()):
             return _NOTHING
@@ -124,13 +139,22 @@ class State:
             self.invalid[key] = Problem(about=key, message=error.reason)
             return _NOTHING
         self.invalid.pop(key, None)
-        entry, old = Entry(record, created), self._entries.get(key)
+        if item.lease:
+            self._leased.add(key)
+        else:
+            self._leased.discard(key)
+        entry, old = Entry(record, item.create_revision), self._entries.get(key)
         if entry == old:
             return _NOTHING
         self._entries[key] = entry
         return index(parts, old, entry)
 
     def _delete(self, key: str) -> Touched:
+        if self.doubting and key in self._leased:
+            self.doubted.add(key)
+            return _NOTHING
+        self.doubted.discard(key)
+        self._leased.discard(key)
         self.invalid.pop(key, None)
         old = self._entries.pop(key, None)
         if old is None:

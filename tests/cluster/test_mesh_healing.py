@@ -1,0 +1,82 @@
+"""What happens when somebody else flushes, deletes or changes the mesh's rules: it is put right.
+
+One lab of two nodes with a replica on the first; the rules of the second are tampered with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.support.cluster import Cluster, cluster, ingress, until
+from tests.support.requests import Answer, Ask, ask_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.cluster
+
+WEB: Final = 8080
+KINDS: Final = ("vips", "meshports", "targets", "known", "nodes", "via", "zones", "sizes")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Cluster]:
+    with cluster("healing", 2, ("a1", "n1")) as made:
+        asyncio.run(_furnish(made))
+        yield made
+
+
+async def _furnish(mesh: Cluster) -> None:
+    mesh.service("web", *ingress(WEB))
+    mesh.task("web", "a1")
+    await mesh.allocated("web")
+
+
+def _asks(mesh: Cluster) -> list[Ask]:
+    return mesh.from_outside(WEB, "n2")
+
+
+def _has_table(mesh: Cluster) -> bool:
+    return "table inet mesh" in mesh.sh("n2", "nft", "list", "tables")
+
+
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "flush ruleset",
+        "delete table inet mesh",
+        "delete table bridge mesh",
+        "flush map inet mesh targets4",
+        "flush chain inet mesh dispatch",
+        "flush chain inet mesh raw_pre",
+        "delete element inet mesh meshports6 { tcp . 8080 }",
+        "add element inet mesh meshports4 { tcp . 9999 : 0x10403 }",
+        "add rule inet mesh services counter drop",
+        "insert rule inet mesh forward drop",
+    ],
+)
+async def test_tampered_rules_are_put_right(mesh: Cluster, tampering: str) -> None:
+    before = mesh.elements("n2", *KINDS)
+
+    mesh.sh("n2", "nft", tampering)
+    await until(lambda: _has_table(mesh) and mesh.elements("n2", *KINDS) == before, "as before")
+
+    async def all_answer() -> bool:
+        outcomes = await ask_all(_asks(mesh))
+        return all(isinstance(outcome, Answer) for outcome in outcomes)
+
+    await until(all_answer, "every way through n2 works again")
+
+
+async def test_other_peoples_tables_are_left_alone(mesh: Cluster) -> None:
+    mesh.sh("n2", "nft", "add table inet other; add chain inet other mine; "
+            "add rule inet other mine counter")  # fmt: skip
+    theirs = mesh.sh("n2", "nft", "list", "table", "inet", "other")
+
+    mesh.sh("n2", "nft", "delete table inet mesh")
+    await until(lambda: _has_table(mesh), "our table is back")
+
+    assert mesh.sh("n2", "nft", "list", "table", "inet", "other") == theirs
