@@ -1,0 +1,133 @@
+"""What the program's sets and chains mean to people.  Words only; decides nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mesh.rules import elements, marks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mesh.rules.trace_program import Rule
+    from mesh.rules.trace_rule import Look, Outcome
+
+_SETS: Final = {
+    "vips": "VIP",
+    "hostips": "host IP",
+    "meshports": "ingress port",
+    "ports": "port of this node",
+    "known": "live VIP",
+    "closed": "address closed to published ports",
+    "nodes": "address of a node",
+    "own": "address of this node's own ranges",
+    "limited": "service with an allow list",
+    "allow": "allowed source",
+    "sizes": "slots of the pool",
+    "targets": "backend in slot",
+    "via": "peer's steering device",
+    "zones": "peer's steering device",
+    "hairpin": "replica that reached itself",
+    "dead": "dead backend",
+    "guarded": "replica under a policy",
+    "policy": "allowed by policy",
+}
+
+TOLD: Final = frozenset(
+    ("vips", "hostips", "meshports", "ports", "known", "limited", "allow", "targets", "via")
+)
+"""Sets in which not being found is worth a word."""
+
+_REASONS: Final = {
+    "dispatch": "no backend can be given the connection",
+    "allowed": "the source is not on the service's allow list",
+    "stray": "the VIP is alive, but has no such port",
+    "dead": "the backend is dead",
+    "forward": "no policy allows it",
+    "raw_port": "the steering port is for nodes only",
+    "raw_bridge": "a container may use addresses of its node's subnet only",
+    "raw_overlay": "loopback addresses are this node's own",
+    "raw_steer": "neither loopback addresses nor tunnels are reached by steering",
+    "from_steer": "only clients outside the mesh are steered, and only to this node's containers",
+    "steer": "conntrack does not know the flow",
+}
+
+_CHAINS: Final = {
+    "stay": "not to be steered",
+    "steer": "steered: to the replica's node with its source kept",
+    "from_bridge": "of the mesh, not balanced",
+    "from_overlay": "of the mesh, not balanced",
+    "from_steer": "came through another node",
+    "last": "cleared before it leaves",
+}
+"""What it means that a rule of a chain set something."""
+
+
+def stem(name: str) -> str:
+    """A set's name without its family."""
+    return name.rstrip("46")
+
+
+def question(look: Look) -> str:
+    """What a look-up asks."""
+    return f"{_SETS.get(stem(look.name), look.name)} {_key(look)}"
+
+
+def _key(look: Look) -> str:
+    """Marks in the words of what they stand for."""
+    if stem(look.name) not in ("limited", "sizes"):
+        return look.key
+    mark = marks.parse(int(look.key, 0))
+    if look.name == "limited":
+        return f"frontend {mark.id}"
+    return f"{mark.slots}{' by client address' if mark.hashed else ''}"
+
+
+def brief(rule: Rule, outcome: Outcome) -> str:
+    """What a rule asks that looks nothing up: its text without what it then does."""
+    if not outcome.matched:
+        return rule.text
+    text = rule.text
+    for ending in (f" {outcome.verdict} {outcome.aim}", f" {outcome.verdict}"):
+        text = text.removesuffix(ending)
+    return "anything else" if text == outcome.verdict else text
+
+
+def answer(chain: str, outcome: Outcome) -> str:
+    """What came of a rule."""
+    parts = [_found(look) for look in outcome.looks]
+    if outcome.set:
+        parts.append(outcome.set)
+    if outcome.verdict:
+        parts.append(f"{outcome.verdict} {outcome.aim}".rstrip())
+    if outcome.matched:
+        parts.append(_CHAINS.get(chain, "") if outcome.set else "")
+    return ", ".join(part for part in parts if part) or "yes"
+
+
+def _found(look: Look) -> str:
+    if look.found is None:
+        return "no"
+    if look.name in elements.FRONTENDS and isinstance(look.found, int):
+        return frontend(look.found)
+    return ""
+
+
+def frontend(value: int) -> str:
+    """A frontend's mark."""
+    mark = marks.parse(value)
+    count = f"{mark.slots} slot{'' if mark.slots == 1 else 's'}" if mark.slots else "no backend"
+    parts = [f"frontend {mark.id}", count]
+    if mark.hashed:
+        parts.append("by client address")
+    if mark.stays:
+        parts.append("masqueraded")
+    return ", ".join(parts)
+
+
+def reason(comment: str, chains: Sequence[str]) -> str:
+    """Why the last of these chains, each led to by the one before, dropped or refused."""
+    if comment:
+        return comment
+    where = chains[-2] if chains[-1] == "refuse" and len(chains) > 1 else chains[-1]
+    return _REASONS.get(where, f"chain {where}")
