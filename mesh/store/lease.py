@@ -41,6 +41,16 @@ class LeaseHolder:
         self._stopped = False
         self._answering = True
         self.alive_until = 0.0
+        self._troubled_until = 0.0
+
+    def is_doubtful(self) -> bool:
+        """Whether the store may lately have ended leases of others through no fault of theirs.
+
+        A third of the time is left to a holder that could not renew its lease when it wanted to:
+        whoever wanted to at the same time may have lost it.
+        """
+        now = asyncio.get_running_loop().time()
+        return now < self._troubled_until or now > self.alive_until - self._ttl / 3
 
     async def run(self) -> None:
         """Hold the keys until `stop`; cancelled, it leaves them to the lease's end."""
@@ -75,7 +85,8 @@ class LeaseHolder:
 
     async def _renew(self) -> float:
         """Keep the lease or get a new one, write what is missing; seconds until the next time."""
-        asked = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
         try:
             if self._lease:
                 await self._store.keep_alive(self._lease)
@@ -86,13 +97,17 @@ class LeaseHolder:
         except protocol.LeaseLost as error:
             LOG.warning("lease=lost, writing %d keys again: %s", len(self._wanted), error)
             self._lease = 0
+            self._troubled_until = loop.time() + self._ttl
             return RETRY
         except StoreUnavailable as error:
             if self._answering:
                 LOG.warning("lease=%x not renewed: %s", self._lease, error)
             self._answering = False
+            self._troubled_until = loop.time() + self._ttl
             return RETRY
         self._answering = True
+        if loop.time() - asked > self._ttl / 3:
+            self._troubled_until = loop.time() + self._ttl
         return self._ttl / 3
 
     async def _grant(self) -> None:
