@@ -19,6 +19,7 @@ from mesh.store.lease import LeaseHolder
 from mesh.store.protocol import Compare, Delete
 
 if TYPE_CHECKING:
+    from mesh.model.publish import Protocol
     from mesh.model.task import Task
     from mesh.store.protocol import KeyValue, Store
     from mesh.store.schema import Keys
@@ -49,6 +50,18 @@ class Registration:
     def key(self) -> str:
         """The record's key."""
         return self.keys.task(self.task.service, self.task.id)
+
+    async def targets(self) -> frozenset[tuple[Protocol, int]]:
+        """The ports its service sends to; none if the service is not known or not readable."""
+        try:
+            item = await self.store.get(self.keys.service(self.task.service))
+            spec = schema.parse_service(item.key, item.value) if item is not None else None
+        except (InvalidRecord, StoreUnavailable) as error:
+            _log.warning("ports of service %s not known: %s", self.task.service, error)
+            return frozenset()
+        return (
+            frozenset((port.protocol, port.target) for port in spec.ports) if spec else frozenset()
+        )
 
     async def check_free(self) -> None:
         """Raises Conflict if another node has registered the same task."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mesh.containers import addresses, attach
+from mesh.containers import addresses, attach, listening
 from mesh.containers.process import Process
 from mesh.containers.registration import Registration
 from mesh.dataplane import veth
@@ -260,11 +260,14 @@ async def _live(plan: _Plan, stop: asyncio.Event) -> int:
 
 
 async def _registered(record: Registration, process: Process, stop: asyncio.Event) -> None:
-    """Keep the task registered until the command ends or is to be stopped; then it is not."""
+    """Keep the task registered until the command ends or is to be stopped; then it is not.
+
+    It is registered once it listens: what is not answered by anybody yet would be refused.
+    """
     waits = {
         asyncio.create_task(process.wait()),
         asyncio.create_task(stop.wait()),
-        asyncio.create_task(record.hold()),
+        asyncio.create_task(_hold(record, process)),
     }
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -275,3 +278,8 @@ async def _registered(record: Registration, process: Process, stop: asyncio.Even
     for wait in waits:
         if not wait.cancelled():
             wait.result()
+
+
+async def _hold(record: Registration, process: Process) -> None:
+    await listening.until_listening(process.pid, await record.targets())
+    await record.hold()
