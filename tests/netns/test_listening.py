@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -49,13 +50,15 @@ async def test_a_task_is_registered_once_it_listens_on_every_port(tmp_path: Path
     go, then = tmp_path / "go", tmp_path / "then"
     options = run.RunOptions("web", "web-1", python(SLOW.format(go=str(go), then=str(then))))
 
-    async with running(store, containers.node_config(tmp_path), options) as task:
-        go.touch()
-        await until((tmp_path / "go.done").exists)
-        with_tcp_only = await record(store, options)
-        then.touch()
-        await until(lambda: record(store, options))
-        await task.end()
+    stop, config = asyncio.Event(), containers.node_config(tmp_path)
+    task = asyncio.create_task(run.run_until(stop, store, KEYS, config, options))
+    go.touch()
+    await until((tmp_path / "go.done").exists)
+    with_tcp_only = await record(store, options)
+    then.touch()
+    await until(lambda: record(store, options))
+    stop.set()
+    await task
 
     assert with_tcp_only is None
 
