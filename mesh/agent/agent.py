@@ -58,6 +58,7 @@ class Agent:
         self._config = config
         self._store = store
         self._keys = schema.Keys(config.etcd.prefix)
+        self._follower = Follower(store, *(f"{self._keys.prefix}/{kind}" for kind in KINDS))
         self._state = State(self._keys, config.node)
         self._network = Network(config, self._state)
         self._pending = _NOTHING
@@ -118,8 +119,7 @@ class Agent:
     # ---- etcd
 
     async def _follow(self) -> None:
-        follower = Follower(self._store, *(f"{self._keys.prefix}/{kind}" for kind in KINDS))
-        async with aclosing(follower.updates()) as updates:
+        async with aclosing(self._follower.updates()) as updates:
             async for event in updates:
                 self._state.doubting = self._lease is None or self._lease.is_doubtful()
                 touched = self._state.apply(event)
@@ -192,7 +192,8 @@ class Agent:
             reporter.applied(revision)
             await lease.put(self._keys.alive(node.name), b"{}")
             tasks.create_task(lease.run(), name="lease")
-            tasks.create_task(reporter.run(lambda: self._problems(reconciler)), name="reporter")
+            reports = reporter.run(lambda: self._problems(reconciler), self._follower.orders_in)
+            tasks.create_task(reports, name="reporter")
             tasks.create_task(self._keep_healed(driver, reconciler), name="healer")
             log.info("forwarding node=%s number=%d", node.name, node.network.number)
             while True:

@@ -44,11 +44,14 @@ class Reporter:
         self._revision = revision
         self._wake.set()
 
-    async def run(self, problems: Callable[[], Iterable[Problem]]) -> None:
-        """Report for ever."""
+    async def run(
+        self, problems: Callable[[], Iterable[Problem]], orders_in: Callable[[], float]
+    ) -> None:
+        """Report for ever; not while a revision does not stand for all before it."""
         last = b""
         while True:
             await self._wake.wait()
+            await asyncio.sleep(orders_in())
             self._wake.clear()
             report = schema.encode(self._report(problems()))
             if report != last:

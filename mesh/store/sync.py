@@ -23,6 +23,10 @@ LOG: Final = logging.getLogger(__name__)
 FIRST_PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 3.0
 
+CATCH_UP: Final = 0.3
+"""Seconds in which etcd surely brings watches that begin in the past up to date: it does so one by
+one, every 0.1 s (mvcc, syncWatchersLoop), while others already hear of newer changes."""
+
 
 class _Position(NamedTuple):
     """How far a prefix is known: at `revision`, `key` had `mod_revision` (0: was not there)."""
@@ -43,7 +47,15 @@ class Follower:
         self._prefixes = prefixes
         self.connected = False
         self.cause: str | None = "not connected yet"
+        self._since = 0.0
         self._loss_told = False
+
+    def orders_in(self) -> float:
+        """Seconds until changes come in the order of their revisions, also of different prefixes.
+
+        Until then, having heard of a revision does not mean to know all that was before it.
+        """
+        return max(0.0, self._since + CATCH_UP - asyncio.get_running_loop().time())
 
     async def updates(self) -> AsyncGenerator[Snapshot | Changes, None]:
         """A Snapshot, then Changes, and a new Snapshot whenever changes may have been missed.
@@ -97,6 +109,7 @@ class Follower:
     def _established(self, revision: int, positions: dict[str, _Position]) -> None:
         if revision < max(known.revision for known in positions.values()):
             raise WatchLost("this member of the store is behind the others")
+        self._since = asyncio.get_running_loop().time()
         if not self.connected:
             LOG.info("store=connected revision=%d", revision)
         self.connected, self.cause, self._loss_told = True, None, False
