@@ -200,6 +200,25 @@ class Socket:
                 if answer.seq == last:
                     return refused
 
+    def each(self, messages: Sequence[Message]) -> list[int]:
+        """Send messages that stand for themselves; the error number of each, 0 for success.
+
+        At most some hundred at once: each has an answer, and all must fit the receive buffer.
+        """
+        begin = self._next(len(messages))
+        pack, port = _HEADER.pack, self.port
+        parts: list[bytes] = []
+        for seq, (kind, flags, body) in enumerate(messages, begin):
+            head = pack(len(body) + HEADER_SIZE, kind, flags | _REQUEST | _ACK, seq, port)
+            parts += (head, body)
+        self._socket.send(b"".join(parts))
+        told: dict[int, int] = {}
+        while len(told) < len(messages):
+            for answer in self._receive():
+                if answer.kind == _ERROR and answer.seq >= begin:
+                    told[answer.seq] = -int(struct.unpack_from("=i", answer.body)[0])
+        return [told[seq] for seq in range(begin, begin + len(messages))]
+
     def dump(self, message: Message) -> list[bytes]:
         """The bodies of all answers to a dump request.  Raises OSError.
 

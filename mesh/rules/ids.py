@@ -15,7 +15,7 @@ class Ids:
 
     def __init__(self) -> None:
         self._of: dict[str, int] = {}
-        self._taken: set[int] = set()
+        self._taken: dict[int, str] = {}
         self._next = IDS.start
 
     def of(self, key: str) -> int:
@@ -30,15 +30,19 @@ class Ids:
         chosen = self._next
         self._advance()
         self._of[key] = chosen
-        self._taken.add(chosen)
+        self._taken[chosen] = key
         return chosen
+
+    def key(self, number: int) -> str | None:
+        """The pool that has this id."""
+        return self._taken.get(number)
 
     def adopt(self, key: str, number: int) -> bool:
         """Give `key` the id found in the kernel; False if either is taken."""
         if number not in IDS or number in self._taken or key in self._of:
             return False
         self._of[key] = number
-        self._taken.add(number)
+        self._taken[number] = key
         if number >= self._next:
             self._next = number
             self._advance()
@@ -48,7 +52,7 @@ class Ids:
         """Free the id of a pool that is gone."""
         number = self._of.pop(key, None)
         if number is not None:
-            self._taken.discard(number)
+            del self._taken[number]
 
     def _advance(self) -> None:
         self._next = self._next + 1 if self._next + 1 < IDS.stop else IDS.start

@@ -1,0 +1,214 @@
+"""Conntrack entries, read and forgotten through ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
+
+Sees the network namespace it was made in.  Never decides which flows are stale (mesh.rules.stale),
+and must be called after the maps changed: else a flow would be pinned to what is gone again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import os
+import socket
+from struct import pack
+from typing import TYPE_CHECKING, Final
+
+from mesh.dataplane.nfnetlink import Message, Socket, attribute, attributes, generic, nested
+from mesh.errors import ApplyFailed
+from mesh.model.publish import Protocol
+from mesh.rules import marks, stale
+from mesh.rules.stale import Flow, Stale
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mesh.rules.stale import Endpoint
+
+_GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
+_ORIGINAL, _REPLY, _STATUS, _MARK, _ID = 1, 2, 3, 8, 12
+_ZONE, _MARK_MASK, _FILTER, _STATUS_MASK = 18, 21, 25, 26
+_ADDRESSES, _PORTS = 1, 2
+_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
+_BY_NUMBER, _BY_DESTINATION_PORT = 8, 32
+_ANSWERED_OR_TRANSLATED: Final = 0x32  # IPS_SEEN_REPLY, IPS_SRC_NAT, IPS_DST_NAT
+_TOUCHED: Final = _ANSWERED_OR_TRANSLATED.to_bytes(4, "big")
+
+_MESSAGES: Final = 2
+"""More to forget than this, and one dump costs less: a message walks the whole table."""
+
+_IN_FLIGHT: Final = 64
+_UNSUPPORTED: Final = (errno.EINVAL, errno.EOPNOTSUPP)
+"""What kernels without filters in a delete answer: to them it is a tuple without addresses."""
+
+
+class Conntrack:
+    """The connection table of one network namespace.  Costs nothing until it is asked."""
+
+    def __init__(self) -> None:
+        self._socket = Socket()
+        self._filters = True
+        self._lock = asyncio.Lock()
+
+    async def forget(self, wanted: Iterable[Stale]) -> None:
+        """Delete these UDP flows; that there are none is no error.  Raises ApplyFailed."""
+        found = tuple(wanted)
+        assert all(each.mask for each in found), "a mask of zero matches everybody's flows"
+        if found:
+            async with self._lock:
+                await asyncio.to_thread(self._forget, found)
+
+    async def flows(self, mark: int, mask: int) -> list[Flow]:
+        """Every entry that carries `mark` under `mask`, of both families and any protocol with
+        ports.  Raises ApplyFailed.
+        """
+        async with self._lock:
+            return await asyncio.to_thread(self._read, _marked(Stale(mark, mask)))
+
+    async def udp_flows(self, mark: int, mask: int) -> list[Flow]:
+        """The same of UDP only, which the kernel picks itself."""
+        async with self._lock:
+            return await asyncio.to_thread(self._read_udp, [Stale(mark, mask)])
+
+    async def delete(self, flows: Iterable[Flow]) -> None:
+        """Delete these very flows; that one is gone already is no error.  Raises ApplyFailed."""
+        found = list(flows)
+        if found:
+            async with self._lock:
+                await asyncio.to_thread(self._delete, found)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _forget(self, wanted: tuple[Stale, ...]) -> None:
+        if not (len(wanted) <= _MESSAGES and all(map(_is_plain, wanted)) and self._flush(wanted)):
+            self._delete(list(stale.chosen(self._read_udp(wanted), wanted)))
+
+    def _flush(self, wanted: tuple[Stale, ...]) -> bool:
+        """Let the kernel pick and delete; False if it cannot."""
+        if self._filters:
+            failed = {number for number in self._send(_udp(wanted)) if number}
+            if not failed.issubset(_UNSUPPORTED):
+                raise _refused("delete", os.strerror(failed.pop()))
+            self._filters = not failed
+        return self._filters
+
+    def _read_udp(self, wanted: Iterable[Stale]) -> list[Flow]:
+        """At least the flows of `wanted`; the kernel looks at what all of these have in common.
+
+        For one frontend id that is enough.  Else it has to look at the protocol as well: it wants
+        one request per family then, and each walks the whole table.
+        """
+        common = functools.reduce(_union, wanted)
+        if common.mask & marks.ID_MASK == marks.ID_MASK and not common.bare:
+            return self._read(_marked(common))
+        return [flow for body in _udp([common]) for flow in self._read(body)]
+
+    def _read(self, body: bytes) -> list[Flow]:
+        try:
+            return list(_parsed(self._socket.dump(Message(_GET, 0, body))))
+        except OSError as error:
+            raise _refused("list", str(error.strerror or error)) from None
+
+    def _delete(self, flows: list[Flow]) -> None:
+        for first in range(0, len(flows), _IN_FLIGHT):
+            for number in self._send([f.handle for f in flows[first : first + _IN_FLIGHT]]):
+                if number not in (0, errno.ENOENT):
+                    raise _refused("delete", os.strerror(number))
+
+    def _send(self, bodies: list[bytes]) -> list[int]:
+        try:
+            return self._socket.each([Message(_DELETE, 0, body) for body in bodies])
+        except OSError as error:
+            raise _refused("delete", str(error.strerror or error)) from None
+
+
+def _refused(verb: str, reason: str) -> ApplyFailed:
+    return ApplyFailed(
+        f"conntrack: the kernel does not {verb} entries: {reason}: UDP clients may stay with "
+        "backends that are gone; check for CAP_NET_ADMIN and the module nf_conntrack_netlink"
+    )
+
+
+def _is_plain(wanted: Stale) -> bool:
+    """Whether the kernel can pick these itself.
+
+    Never by address: up to 6.18 at least it takes every IPv6 address but the one asked for.
+    """
+    return wanted.backend is None and not (wanted.destination and wanted.destination[0])
+
+
+def _union(one: Stale, other: Stale) -> Stale:
+    """What matches everything that either does."""
+    mask = one.mask & other.mask & ~(one.mark ^ other.mark)
+    return Stale(one.mark & mask, mask, bare=one.bare and other.bare)
+
+
+# ---- packing
+
+
+def _marked(wanted: Stale, domain: int = socket.AF_UNSPEC) -> bytes:
+    """A request by mark; big-endian, unlike in nf_tables."""
+    mark, mask = wanted.mark.to_bytes(4, "big"), wanted.mask.to_bytes(4, "big")
+    return generic(domain) + attribute(_MARK, mark) + attribute(_MARK_MASK, mask)
+
+
+def _udp(wanted: Iterable[Stale]) -> list[bytes]:
+    """Requests for UDP flows, by all but addresses.
+
+    A kernel that knows no filters gives more in a dump (before 5.8), and refuses to delete.
+    """
+    domains = (socket.AF_INET, socket.AF_INET6)
+    return [_marked(each, domain) + _filter(each) for each in wanted for domain in domains]
+
+
+def _filter(wanted: Stale) -> bytes:
+    ports, flags = attribute(_NUMBER, bytes((Protocol.UDP.number,))), _BY_NUMBER
+    if wanted.destination is not None:
+        ports += attribute(_DESTINATION_PORT, wanted.destination[1].to_bytes(2, "big"))
+        flags |= _BY_DESTINATION_PORT
+    body = nested(_ORIGINAL, nested(_PORTS, ports))
+    if wanted.bare:
+        body += attribute(_STATUS, bytes(4)) + attribute(_STATUS_MASK, _TOUCHED)
+    return body + nested(_FILTER, attribute(1, pack("=I", flags)) + attribute(2, bytes(4)))
+
+
+# ---- parsing
+
+
+def _parsed(bodies: Iterable[bytes]) -> Iterator[Flow]:
+    """Flows of protocols with ports; others never were ours."""
+    for body in bodies:
+        parts = dict(attributes(body, 4))
+        ends, answers = _ends(parts[_ORIGINAL]), _ends(parts[_REPLY])
+        if ends is None or answers is None:
+            continue
+        protocol, source, destination = ends
+        status = int.from_bytes(parts[_STATUS], "big")
+        handle = body[:4] + nested(_ORIGINAL, parts[_ORIGINAL]) + attribute(_ID, parts[_ID])
+        if _ZONE in parts:
+            handle += attribute(_ZONE, parts[_ZONE])
+        yield Flow(
+            mark=int.from_bytes(parts.get(_MARK, b""), "big"),
+            protocol=protocol,
+            source=source,
+            destination=destination,
+            backend=answers[1],
+            bare=not status & _ANSWERED_OR_TRANSLATED,
+            handle=handle,
+        )
+
+
+def _ends(data: bytes) -> tuple[int, Endpoint, Endpoint] | None:
+    """Protocol, source and destination of a tuple; None if its protocol has no ports."""
+    parts = dict(attributes(data))
+    addresses, ports = dict(attributes(parts[_ADDRESSES])), dict(attributes(parts[_PORTS]))
+    if _SOURCE_PORT not in ports:
+        return None
+    source, destination = (addresses[kind] for kind in sorted(addresses))
+    return (
+        ports[_NUMBER][0],
+        (source, int.from_bytes(ports[_SOURCE_PORT], "big")),
+        (destination, int.from_bytes(ports[_DESTINATION_PORT], "big")),
+    )
