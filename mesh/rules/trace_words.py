@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 from mesh.rules import elements, marks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from mesh.rules.marks import Mark
     from mesh.rules.trace_program import Rule
     from mesh.rules.trace_rule import Look, Outcome
 
@@ -49,7 +50,7 @@ _REASONS: Final = {
     "raw_overlay": "loopback addresses are this node's own",
     "raw_steer": "neither loopback addresses nor tunnels are reached by steering",
     "from_steer": "only clients outside the mesh are steered, and only to this node's containers",
-    "steer": "conntrack does not know the flow",
+    "misfit": "conntrack does not know the flow",
 }
 
 _CHAINS: Final = {
@@ -93,9 +94,9 @@ def brief(rule: Rule, outcome: Outcome) -> str:
     return "anything else" if text == outcome.verdict else text
 
 
-def answer(chain: str, outcome: Outcome) -> str:
-    """What came of a rule."""
-    parts = [_found(look) for look in outcome.looks]
+def answer(chain: str, outcome: Outcome, owners: Mapping[int, str]) -> str:
+    """What came of a rule; `owners` names the service of a frontend id."""
+    parts = [_found(look, owners) for look in outcome.looks]
     if outcome.set:
         parts.append(outcome.set)
     if outcome.verdict:
@@ -105,19 +106,18 @@ def answer(chain: str, outcome: Outcome) -> str:
     return ", ".join(part for part in parts if part) or "yes"
 
 
-def _found(look: Look) -> str:
+def _found(look: Look, owners: Mapping[int, str]) -> str:
     if look.found is None:
         return "no"
     if look.name in elements.FRONTENDS and isinstance(look.found, int):
-        return frontend(look.found)
+        return _frontend(marks.parse(look.found), owners)
     return ""
 
 
-def frontend(value: int) -> str:
-    """A frontend's mark."""
-    mark = marks.parse(value)
+def _frontend(mark: Mark, owners: Mapping[int, str]) -> str:
     count = f"{mark.slots} slot{'' if mark.slots == 1 else 's'}" if mark.slots else "no backend"
-    parts = [f"frontend {mark.id}", count]
+    owner = owners.get(mark.id)
+    parts = [f"service {owner}" if owner else f"frontend {mark.id}", count]
     if mark.hashed:
         parts.append("by client address")
     if mark.stays:
