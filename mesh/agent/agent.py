@@ -18,6 +18,8 @@ from mesh.agent.reconciler import Reconciler
 from mesh.agent.reporter import Reporter
 from mesh.agent.state import KINDS, State, Touched
 from mesh.controller import lead
+from mesh.dataplane import host
+from mesh.dataplane.firewall import Firewall
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.dataplane.nftables import NftablesDriver
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
@@ -45,6 +47,9 @@ _CHECK_SECONDS: Final = 5.0
 
 _RETRY_SECONDS: Final = 0.2
 
+_FIREWALL_SECONDS: Final = 1.0
+"""How often the host's firewall is looked at: 20 microseconds, unless iptables-legacy is in use."""
+
 _SETTLE_SECONDS: Final = 0.05
 """Link notifications come in bursts; one pass answers a whole burst."""
 
@@ -69,6 +74,7 @@ class Agent:
         self._lease: LeaseHolder | None = None
         self._cluster_id = ""
         self._problem: Problem | None = None
+        self._firewall: tuple[Problem, ...] = ()
 
     async def run(self) -> None:
         """Run until cancelled.  Raises MeshError if the node cannot take part."""
@@ -82,7 +88,7 @@ class Agent:
                 if self._config.role is Role.MANAGER:
                     tasks.create_task(self._control(cluster), name="controller")
                 node = await self._numbered()
-                await self._network.sync()
+                await self._network.start()
                 tasks.create_task(self._keep_network(), name="network")
                 await self._keep_rules(cluster, node, lease, tasks)
         finally:
@@ -97,7 +103,8 @@ class Agent:
         return schema.decode(item.key, item.value, Cluster)
 
     async def _register(self, cluster: Cluster) -> None:
-        """Write this node's record, if it differs."""
+        """Write this node's record, if it differs.  Raises HostNotReady if it cannot take part."""
+        host.check_program("nft", "nftables")
         record = schema.encode(await self._network.identify(cluster))
         key = self._keys.node(self._config.node)
         item = await self._store.get(key)
@@ -195,6 +202,7 @@ class Agent:
             reports = reporter.run(lambda: self._problems(reconciler), self._follower.orders_in)
             tasks.create_task(reports, name="reporter")
             tasks.create_task(self._keep_healed(driver, reconciler), name="healer")
+            tasks.create_task(self._keep_firewall(driver), name="firewall")
             log.info("forwarding node=%s number=%d", node.name, node.network.number)
             while True:
                 await self._changed.wait()
@@ -216,6 +224,18 @@ class Agent:
             differed = await self._until_done(reconciler.heal, reconciler)
             if differed:
                 log.warning("healed elements=%d after=%r", differed, what)
+
+    async def _keep_firewall(self, driver: Driver) -> None:
+        """Keep our flows accepted by the host's own firewall, also after it is reloaded."""
+        firewall = Firewall(ignored=driver.port)
+        try:
+            while True:
+                before, self._firewall = self._firewall, await firewall.sync()
+                if self._firewall != before:
+                    self._changed.set()  # so that it is reported
+                await asyncio.sleep(_FIREWALL_SECONDS)
+        finally:
+            firewall.close()
 
     async def _until_done(self, step: Callable[[], Awaitable[int]], reconciler: Reconciler) -> int:
         """Do a step; as long as the rules cannot be written, try to heal them instead.
@@ -248,6 +268,7 @@ class Agent:
         if self._problem is not None:
             yield self._problem
         yield from self._network.problems
+        yield from self._firewall
         yield from reconciler.problems()
         yield from self._state.problems()
 

@@ -16,6 +16,11 @@ class Driver(Protocol):
 
     name: str
 
+    @property
+    def port(self) -> int:
+        """The netlink port id of the driver's own changes; 0 if it makes none by netlink."""
+        ...
+
     async def prepare(self) -> None:
         """Make the static program exist: load it, upgrade it in place, or adopt it as it is."""
         ...
