@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -28,6 +28,8 @@ from mesh.rules import (
 from mesh.rules.trace_sets import Target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.model.publish import Protocol
     from mesh.rules.elements import Elements
     from mesh.rules.program import Parameters
@@ -61,11 +63,15 @@ class Packet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A node: its program, what the maps hold, and its addresses beyond those of the mesh."""
+    """A node: its program, what the maps hold, and its addresses beyond those of the mesh.
+
+    `owners` names the service of each frontend id, as far as that is known.
+    """
 
     parameters: Parameters
     elements: Elements
     addresses: tuple[str, ...]
+    owners: Mapping[int, str] = field(default_factory=dict)
 
     def is_local(self, host: str) -> bool:
         """Whether the kernel would deliver to the node itself."""
@@ -226,7 +232,9 @@ def _check(packet: Packet, place: Place) -> None:
     if family is not address.family_of(packet.destination):
         raise ValueError(f"{packet.source} and {packet.destination} are of two families")
     if packet.entry is Entry.STEERING and not packet.ether:
-        raise ValueError("a steered packet comes from the steering device of a peer: say which")
+        raise ValueError(
+            "a steered packet comes from the steering device of a peer: say which (--via NODE)"
+        )
     if packet.entry is Entry.NODE and not place.is_local(packet.source):
         raise ValueError(
             f"{packet.source} is not an address of the node, which cannot send from it"
@@ -340,7 +348,7 @@ class _Walk:
             worth = bool(looks or outcome.set or outcome.verdict not in ("", "jump", "return"))
         if worth:
             asked = "; ".join(map(trace_words.question, looks)) or trace_words.brief(rule, outcome)
-            answered = trace_words.answer(chain, outcome)
+            answered = trace_words.answer(chain, outcome, self.place.owners)
             self.steps.append(Step(asked, chain, answered, rule.text))
 
     def _end(self) -> Ending:
@@ -364,4 +372,7 @@ class _Walk:
             path = Path.HAIRPIN if hairpin else Path.MASQUERADED
         if flow.translated:
             return Ending(Verdict.FORWARDED, "", path, seen)
-        return Ending(Verdict.PASSED, "nothing of the mesh has this address and port", path, seen)
+        reason = "nothing of the mesh has this address and port"
+        if flow.ct_mark & marks.VIA:
+            reason = "it came through another node, and replies go back that way"
+        return Ending(Verdict.PASSED, reason, path, seen)

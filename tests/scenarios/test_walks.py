@@ -20,7 +20,7 @@ from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
 from mesh.rules import trace
 from mesh.rules.program import Devices, Parameters
-from mesh.rules.trace import Entry, Packet, Place, Verdict
+from mesh.rules.trace import Entry, Packet, Path, Place, Verdict
 from mesh.store.protocol import Change, Changes, Snapshot
 from tests.support.records import KEYS
 from tests.support.worlds import API_VIP, EXPANDERS, WEB_VIP, WORLDS, Answer, Etcd, History, World
@@ -114,9 +114,12 @@ def _place(name: str, found: Elements) -> Place:
 
 def _answer(place: Place, destination: str, port: int, entry: Entry) -> Answer:
     number = place.parameters.network.number
-    source = "203.0.113.9" if entry is Entry.OUTSIDE else f"10.0.{number}.9"
+    source = "203.0.113.9" if entry is Entry.OUTSIDE else f"10.0.{number}.2"
     packet = Packet(source, destination, Protocol.TCP, port, entry)
     walked = trace.walk(packet, place)
+    # A container of web asks: one that reached itself would not get its answer otherwise.
+    itself = [a.ending.path for a in walked.answers if a.target and a.target.address == source]
+    assert itself in ([], [Path.HAIRPIN])
     return walked.backends if walked.verdict is Verdict.FORWARDED else walked.verdict
 
 
