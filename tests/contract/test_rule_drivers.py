@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.dataplane.memory import MemoryDriver
-from mesh.dataplane.nftables import NftablesDriver
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, NotFound
 from mesh.model.publish import Protocol
 from mesh.rules import elements, nft
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
-from tests.support import rules
+from tests.support import drivers, rules
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -31,11 +30,10 @@ def namespace() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["memory", "nftables"])
+@pytest.fixture(params=["memory", *drivers.KERNEL])
 async def driver(request: pytest.FixtureRequest, namespace: None) -> AsyncIterator[Driver]:
-    found: Driver = (
-        MemoryDriver() if request.param == "memory" else NftablesDriver(rules.PARAMETERS)
-    )
+    memory = request.param == "memory"
+    found = MemoryDriver() if memory else drivers.make(request.param, rules.PARAMETERS)
     await found.prepare()
     yield found
     found.close()

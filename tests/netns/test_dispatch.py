@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from mesh.dataplane.nftables import NftablesDriver
 from mesh.delta import Delta
 from mesh.model.address import FAMILIES, Family, nth
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
-from tests.support import rules
+from tests.support import drivers, rules
 from tests.support.echo import REFUSED, SILENCE, ask, ping
 from tests.support.onenode import ADDRESSES, CROWD, SERVER_PORT, OneNode, one_node
 
@@ -79,9 +78,9 @@ SERVICES: Final = (
 )
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[OneNode]:
-    with one_node() as made:
+@pytest.fixture(scope="module", params=drivers.KERNEL)
+def world(request: pytest.FixtureRequest) -> Iterator[OneNode]:
+    with one_node(request.param) as made:
         made.publish(SERVICES)
         yield made
 
@@ -249,7 +248,8 @@ async def _pools_change(world: OneNode) -> None:
 async def _program_is_replaced(world: OneNode) -> None:
     """Another version of the program, then the first again."""
     for closed in (("192.0.2.99/32",), ("127.0.0.0/8",)):
-        driver = NftablesDriver(replace(rules.PARAMETERS, closed=(closed, ("::1",))))
+        parameters = replace(rules.PARAMETERS, closed=(closed, ("::1",)))
+        driver = drivers.make(world.driver.name, parameters)
         await driver.prepare()
         driver.close()
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
-from mesh.dataplane.nftables import NftablesDriver
 from mesh.delta import Delta
 from mesh.model.address import FAMILIES, Family
 from mesh.rules import nft
 from mesh.rules.ids import Ids
-from tests.support import rules
+from tests.support import drivers, rules
 from tests.support.echo import EchoServers
 from tests.support.namespaces import Namespace, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from mesh.dataplane.protocol import Driver
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Forwarding
 
@@ -64,7 +64,7 @@ class OneNode:
 
     node: Namespace
     client: Namespace
-    driver: NftablesDriver
+    driver: Driver
     servers: EchoServers
     ids: Ids
 
@@ -88,8 +88,8 @@ class OneNode:
 
 
 @contextmanager
-def one_node() -> Iterator[OneNode]:
-    """Build it all; take it down again."""
+def one_node(backend: str = "nftables") -> Iterator[OneNode]:
+    """Build it all, with a driver of tests.support.drivers; take it down again."""
     with ExitStack() as stack:
 
         def namespace(name: str) -> Namespace:
@@ -115,7 +115,7 @@ def one_node() -> Iterator[OneNode]:
             _settle(container, name, "gateway", 24, 64)
             servers.start(name, name, SERVER_PORT)
         with netns.entered("/run/netns/node"):
-            driver = NftablesDriver(rules.PARAMETERS)
+            driver = drivers.make(backend, rules.PARAMETERS)
         stack.callback(driver.close)
         node.run(driver.prepare())
         yield OneNode(node, client, driver, servers, Ids())

@@ -1,0 +1,289 @@
+"""The iptables driver: static chains, pools as chains, frontends as ipsets.
+
+Owns the chains called MESH-… of one flavour (legacy or nft), the sets called mesh-… and the table
+`bridge mesh` in the network namespace it was made in, and touches nothing else.  Never decides
+what should be forwarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
+
+from mesh.dataplane import command
+from mesh.delta import Delta
+from mesh.errors import ApplyFailed, CommandFailed, NotFound
+from mesh.model.address import FAMILIES, Family
+from mesh.model.report import Problem
+from mesh.rules import ipsets, program, xtables
+from mesh.rules.xtables_image import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterable, Mapping
+
+    from mesh.dataplane.protocol import ElementDelta
+    from mesh.rules.elements import Elements
+    from mesh.rules.program import Parameters
+    from mesh.rules.xtables import Chains, Rules, Saved
+    from mesh.rules.xtables_image import Stage, Step
+
+T = TypeVar("T")
+
+Flavour = Literal["legacy", "nft"]
+
+_log = logging.getLogger(__name__)
+
+_IP: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
+_LOCK_SECONDS: Final = "20"
+"""How long to wait for other programs that hold the xtables lock."""
+
+_POLL_SECONDS: Final = 1.0
+
+_NO_BRIDGE_TABLE: Final = "table bridge mesh\ndelete table bridge mesh\n"
+
+_NO_BRIDGE: Final = (
+    "replicas on this node cannot reach each other through a service: nft is needed for it"
+)
+
+
+class _Found(NamedTuple):
+    """What the host has, as far as it is ours."""
+
+    tables: Mapping[Family, Mapping[str, Saved]]
+    sets: set[str]
+    image: Image
+
+
+class IptablesDriver:
+    """Drives one flavour of iptables for one node.  `prepare` is also how damage is healed."""
+
+    def __init__(self, parameters: Parameters, flavour: Flavour) -> None:
+        self.name = f"iptables-{flavour}"
+        self._flavour = flavour
+        self._program = {family: xtables.program(parameters, family) for family in FAMILIES}
+        self._version = {f: xtables.version(tables) for f, tables in self._program.items()}
+        self._bridge = program.build(parameters).bridge
+        self._image: Image | None = None
+        self._problems: tuple[Problem, ...] = ()
+        self._lock = asyncio.Lock()
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What this host cannot do."""
+        return self._problems
+
+    async def prepare(self) -> None:
+        """Load the static chains and sets, or adopt those that are loaded.  Raises CommandFailed.
+
+        The same ones, untouched by anybody: left alone.  Another version, or damaged ones: each
+        table is written at once, and the pools that can still be read stay.
+        """
+        async with self._lock:
+            await self._ipset([*ipsets.program()])
+            found = await self._find()
+            stale = [family for family in FAMILIES if not self._is_intact(family, found)]
+            await _together(self._load(family, found) for family in stale)
+            if stale:
+                await self._load_bridge()
+            else:
+                await _together(self._hook(family, found) for family in FAMILIES)
+            self._image = found.image
+            how = "loaded" if stale else "adopted"
+            _log.info("iptables flavour=%s program=%s", self._flavour, how)
+
+    async def damaged(self) -> bool:
+        """Whether somebody took out one of our jumps, or emptied our sets; cheap enough to poll."""
+        try:
+            await command.run("ipset", "test", ipsets.CANARY, "127.0.0.1")
+            for family, tables in self._program.items():
+                for table, static in tables.items():
+                    hook, chain = next(iter(static.hooks.items()))
+                    argv = (f"{_IP[family]}-{self._flavour}", "-w", _LOCK_SECONDS, "-t", table)
+                    if f"-A {hook} -j {chain}\n" not in await command.run(*argv, "-S", hook):
+                        return True
+        except CommandFailed:
+            return True
+        return False
+
+    async def tampered(self) -> str:
+        """See Driver.tampered: iptables tells nobody, so it is asked once a second."""
+        while not await self.damaged():  # noqa: ASYNC110 - other programs set no event
+            await asyncio.sleep(_POLL_SECONDS)
+        return "a jump or a set of ours is gone"
+
+    async def read(self) -> Elements:
+        """Every element the host holds.  Raises NotFound if chains or sets are gone or damaged."""
+        async with self._lock:
+            found = await self._find()
+            if not all(self._is_intact(family, found) for family in FAMILIES):
+                raise NotFound("chains or sets of the mesh are gone or damaged: prepare them again")
+            self._image = found.image
+            return await asyncio.to_thread(found.image.elements)
+
+    async def apply(self, delta: ElementDelta) -> None:
+        """Apply a change; if a step of it fails, those before are undone.  Raises ApplyFailed."""
+        async with self._lock:
+            image = self._image
+            if image is None:
+                raise NotFound("the chains of the mesh do not exist: prepare them")
+            image.check(delta)
+            change = image.effective(delta)
+            if not change:
+                return
+            stages = await asyncio.to_thread(image.plan, change)
+            done: list[Stage] = []
+            for stage in stages:
+                results = await asyncio.gather(*map(self._do, stage), return_exceptions=True)
+                done.append([s for s, r in zip(stage, results, strict=True) if r is None])
+                for result in results:
+                    if isinstance(result, BaseException):
+                        image.update(Delta(change.add, change.remove))
+                        await self._undo(done)
+                        raise _explained(result) from result
+
+    async def _do(self, step: Step) -> None:
+        if step.family is not None:
+            await self._restore(step.family, step.text)
+        else:
+            await self._ipset([step.text])
+
+    async def _undo(self, done: list[Stage]) -> None:
+        """Take steps back, last first.  What cannot be is found by the next read."""
+        for stage in reversed(done):
+            for step in stage:
+                try:
+                    await self._do(step._replace(text=step.undo))
+                except CommandFailed as error:
+                    _log.error("iptables undo failed: %s", error)
+
+    async def remove(self) -> None:
+        """Delete our chains, sets and bridge table, and nobody else's."""
+        async with self._lock:
+            self._image = None
+            found = await self._find()
+            await _together(self._unload(family, found) for family in FAMILIES)
+            names = {name for name in found.sets if " " not in name}
+            await self._ipset([f"destroy {name}\n" for name in sorted(names)])
+            try:
+                await command.run("nft", "-f", "-", input=_NO_BRIDGE_TABLE)
+            except CommandFailed as error:
+                _log.info("iptables bridge table stays: %s", error)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    async def _find(self) -> _Found:
+        """What there is.  Each flavour sees only its own tables; sets serve both."""
+        texts = await _together(
+            command.run(f"{_IP[family]}-{self._flavour}-save") for family in FAMILIES
+        )
+        entries = await command.run("ipset", "save")
+        return await asyncio.to_thread(_parsed, texts, entries)
+
+    def _is_intact(self, family: Family, found: _Found) -> bool:
+        """Whether the chains of a family are as we left them."""
+        if not ipsets.is_whole(found.sets):
+            return False
+        dynamic = found.image.chains(family)
+        for table, static in self._program[family].items():
+            saved = found.tables[family].get(table)
+            if saved is None or not xtables.is_hooked(static, saved):
+                return False
+            if xtables.comment(saved.chains.get(xtables.CANARY, ())) != self._told(
+                family, static, saved
+            ):
+                return False
+            wanted = dynamic.get(table, {})
+            names = xtables.ours(table, static, saved) - static.chains.keys() - {xtables.CANARY}
+            if names != wanted.keys() or any(
+                xtables.shape(saved.chains[name]) != xtables.shape(wanted[name]) for name in names
+            ):
+                return False
+        return True
+
+    def _told(self, family: Family, static: xtables.Table, saved: Saved) -> str:
+        """What the canary says of chains that nobody touched."""
+        return f"{self._version[family]}.{xtables.witness(static, saved)}"
+
+    async def _load(self, family: Family, found: _Found) -> None:
+        """Write every chain of ours, then what they look like to iptables-save."""
+        tables = found.tables[family]
+        dynamic = found.image.chains(family)
+        text = ""
+        for table, static in self._program[family].items():
+            saved = tables.get(table, _EMPTY)
+            wanted = static.chains | dynamic.get(table, {})
+            gone: dict[str, Rules] = dict.fromkeys(xtables.ours(table, static, saved), ())
+            hooks = xtables.hook_commands(static, saved)
+            text += xtables.restore(table, Delta(gone, {xtables.CANARY: (), **wanted}), hooks)
+        await self._restore(family, text)
+        written = xtables.parse(await command.run(f"{_IP[family]}-{self._flavour}-save"))
+        text = ""
+        for table, static in self._program[family].items():
+            told = self._told(family, static, written[table])
+            rules: Chains = {xtables.CANARY: (f"-m comment --comment {told}",)}
+            text += xtables.restore(table, Delta({}, rules))
+        await self._restore(family, text)
+
+    async def _hook(self, family: Family, found: _Found) -> None:
+        """Be the first again in each hook."""
+        tables = self._program[family].items()
+        await self._restore(
+            family,
+            "".join(
+                xtables.restore(t, Delta(), xtables.hook_commands(s, found.tables[family][t]))
+                for t, s in tables
+            ),
+        )
+
+    async def _unload(self, family: Family, found: _Found) -> None:
+        text = ""
+        for table, static in self._program[family].items():
+            saved = found.tables[family].get(table, _EMPTY)
+            gone: dict[str, Rules] = dict.fromkeys(xtables.ours(table, static, saved), ())
+            hooks = xtables.unhook_commands(static, saved)
+            text += xtables.restore(table, Delta(gone, {}), hooks)
+        await self._restore(family, text)
+
+    async def _load_bridge(self) -> None:
+        """Replies between replicas on one bridge pass through the node; iptables cannot do it."""
+        try:
+            await command.run("nft", "-f", "-", input=self._bridge)
+        except CommandFailed as error:
+            _log.warning("iptables table=bridge error=%r", str(error))
+            self._problems = (Problem(about="iptables", message=f"{_NO_BRIDGE} ({error})"),)
+        else:
+            self._problems = ()
+
+    async def _restore(self, family: Family, text: str) -> None:
+        if text:
+            tool = f"{_IP[family]}-{self._flavour}-restore"
+            await command.run(tool, "--noflush", "-w", _LOCK_SECONDS, input=text)
+
+    async def _ipset(self, lines: list[str]) -> None:
+        text = "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
+        if text:
+            await command.run("ipset", "restore", "-exist", input=text)
+
+
+_EMPTY: Final = xtables.Saved({})
+
+
+async def _together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
+    return await asyncio.gather(*work)
+
+
+def _parsed(texts: Iterable[str], entries: str) -> _Found:
+    tables = {f: xtables.parse(text) for f, text in zip(FAMILIES, texts, strict=True)}
+    found, names = ipsets.parse(entries)
+    return _Found(tables, names, Image.parse(tables, found))
+
+
+def _explained(error: BaseException) -> BaseException:
+    """A program's refusal with the line it refused, where it names one."""
+    if not isinstance(error, CommandFailed):
+        return error
+    shown = [line[2:] for note in getattr(error, "__notes__", ()) for line in note.splitlines()
+             if line.startswith(">")]  # fmt: skip
+    where = f": {shown[0].split(maxsplit=1)[1]}" if shown else ""
+    return ApplyFailed(f"{error}{where}")

@@ -1,0 +1,208 @@
+"""Elements as ipset's entries and back: frontends, addresses, allow lists.
+
+A frontend's entry carries its mark (skbinfo), so a look-up gives what the nftables map gives.
+Pure: text that `ipset restore` reads and `ipset save` prints.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import TYPE_CHECKING, Final
+
+from mesh.model import address
+from mesh.model.address import FAMILIES, Family
+from mesh.model.publish import PROTOCOLS, Protocol
+from mesh.rules import elements, marks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from mesh.rules.elements import ElementKey, Elements
+
+CANARY: Final = "mesh-canary"
+"""A set with one entry: gone when somebody flushes or destroys sets."""
+
+_HALVES: Final = {
+    Family.V4: ("0.0.0.0/1", "128.0.0.0/1"),
+    Family.V6: ("::/1", "8000::/1"),
+}
+"""Everything: ipset has no prefix of length 0.  A port of any address is stored as a pair."""
+
+_ALL: Final = {Family.V4: "0.0.0.0/0", Family.V6: "::/0"}
+
+_ALLOW: Final = re.compile(r"mesh-allow([46])-([0-9a-f]+)")
+_FAMILY: Final = {Family.V4: "inet", Family.V6: "inet6"}
+_TYPES: Final = {
+    "vips": "hash:ip,port",
+    "hostips": "hash:ip,port",
+    "meshports": "hash:net,port",
+    "ports": "hash:net,port",
+    "nodes": "hash:ip",
+    "known": "hash:ip",
+    "hairpin": "hash:ip",
+}
+
+KEPT: Final = frozenset(f"{name}{f.suffix}" for name in _TYPES for f in FAMILIES)
+"""The sets of elements that are ipsets, one to one; each allow list is one of its own."""
+
+
+def set_name(name: str) -> str:
+    """The ipset that holds a set of elements."""
+    return f"mesh-{name}"
+
+
+def allow_name(family: Family, mark: int) -> str:
+    """The ipset of an allow list: the ranges from which the frontends with `mark` are reached."""
+    return f"mesh-allow{family.suffix}-{mark:x}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a set of the host belongs to the mesh."""
+    return name == CANARY or name[5:] in KEPT or bool(_ALLOW.fullmatch(name))
+
+
+def program() -> list[str]:
+    """Creates the sets; harmless where they exist."""
+    lines = [
+        f"create {set_name(name + f.suffix)} {kind} family {_FAMILY[f]} maxelem 1048576"
+        + (" skbinfo" if name + f.suffix in elements.FRONTENDS else "")
+        for f in FAMILIES
+        for name, kind in _TYPES.items()
+    ]
+    return [*lines, f"create {CANARY} hash:ip", f"add {CANARY} 127.0.0.1"]
+
+
+def create_allow(name: str) -> str:
+    """Creates the set of an allow list."""
+    match = _ALLOW.fullmatch(name)
+    assert match is not None
+    family = _FAMILY[Family(int(match[1]))]
+    return f"create {name} hash:net family {family} maxelem 1048576"
+
+
+def allow_of(key: ElementKey) -> str:
+    """The ipset of an element of `allow4` or `allow6`."""
+    family = Family(int(key[0][-1]))
+    return allow_name(family, int.from_bytes(key[1][:4], "big"))
+
+
+def is_prefix(key: ElementKey) -> bool:
+    """Whether the range of an allow element is one prefix; others do not come from records."""
+    low, high = _range(key)
+    span = low ^ high
+    return not span & (span + 1) and not low & span
+
+
+def _range(key: ElementKey) -> tuple[int, int]:
+    half = len(key[1]) // 2
+    return int.from_bytes(key[1][4:half], "big"), int.from_bytes(key[1][half + 4 :], "big")
+
+
+def additions(key: ElementKey, data: bytes) -> list[str]:
+    """Commands that add an element, or change what it maps to."""
+    name, entries = _entries(key)
+    told = _mark(elements.mark_of(data)) if data else ""
+    return [f"add {name} {entry}{told}" for entry in entries]
+
+
+def _mark(mark: int) -> str:
+    """With affinity the slot count makes room for a draw (xtables.rules), and is kept as a queue's
+    number, which nothing reads.
+    """
+    if not mark & marks.HASH:
+        return f" skbmark 0x{mark:x}"
+    rest = 0xFFFFFFFF & ~marks.MAX_SLOTS
+    return f" skbmark 0x{mark & rest:x}/0x{rest:x} skbqueue {mark & marks.MAX_SLOTS}"
+
+
+def removals(key: ElementKey) -> list[str]:
+    """Commands that delete an element."""
+    name, entries = _entries(key)
+    return [f"del {name} {entry}" for entry in entries]
+
+
+def _entries(key: ElementKey) -> tuple[str, tuple[str, ...]]:
+    name, data = key
+    family = Family(int(name[-1]))
+    if name.startswith("allow"):
+        low, high = _range(key)
+        length = family.bits - (low ^ high).bit_length()
+        prefix = f"{address.unpacked(low.to_bytes(family.bits // 8, 'big'))}/{length}"
+        return allow_of(key), (prefix,) if length else _HALVES[family]
+    width = family.bits // 8
+    if name not in elements.FRONTENDS:
+        return set_name(name), (address.unpacked(data[:width]),)
+    hosts: tuple[str, ...] = _HALVES[family]
+    if len(data) > width + 4:
+        hosts, data = (address.unpacked(data[:width]),), data[width:]
+    protocol = PROTOCOLS[data[0]].value
+    port = int.from_bytes(data[4:6], "big")
+    return set_name(name), tuple(f"{host},{protocol}:{port}" for host in hosts)
+
+
+def parse(text: str) -> tuple[Elements, set[str]]:
+    """The elements in what `ipset save` printed, and the names of our sets."""
+    found: Elements = {}
+    names: set[str] = set()
+    for line in text.splitlines():
+        command, name, *words = line.split()
+        if not is_ours(name):
+            continue
+        if command == "create":
+            names.add(name)
+        elif name == CANARY:
+            names.add(f"{CANARY} {words[0]}")
+        elif allow := _ALLOW.fullmatch(name):
+            key = _range_key(Family(int(allow[1])), int(allow[2], 16), words[0])
+            found[key] = b""
+        else:
+            _parse_entry(found, name[5:], words)
+    for name in names:
+        if allow := _ALLOW.fullmatch(name):
+            _join_halves(found, allow)
+    return found, names
+
+
+def is_whole(names: set[str]) -> bool:
+    """Whether all sets that the program uses exist, and nobody flushed them."""
+    return {*map(set_name, KEPT), CANARY, f"{CANARY} 127.0.0.1"} <= names
+
+
+def _range_key(family: Family, mark: int, prefix: str) -> ElementKey:
+    network = ipaddress.ip_network(prefix)
+    bits = mark.to_bytes(4, "big")
+    key = bits + network[0].packed + bits + network[-1].packed
+    return f"allow{family.suffix}", key
+
+
+def _join_halves(found: Elements, allow: re.Match[str]) -> None:
+    """Two halves of a list are everything; one alone is a range like any other."""
+    family, mark = Family(int(allow[1])), int(allow[2], 16)
+    halves = [_range_key(family, mark, half) for half in _HALVES[family]]
+    if all(half in found for half in halves):
+        for half in halves:
+            del found[half]
+        found[_range_key(family, mark, _ALL[family])] = b""
+
+
+def _parse_entry(found: Elements, name: str, words: list[str]) -> None:
+    host, _, port = words[0].partition(",")
+    key = b"" if "/" in host else address.packed(host)
+    if not port:
+        found[name, key * 2 if name.startswith("hairpin") else key] = b""
+        return
+    protocol, _, number = port.partition(":")
+    key += elements.proto_bytes(Protocol(protocol).number) + elements.port_bytes(int(number))
+    options = dict(zip(words[1::2], words[2::2], strict=False))
+    mark = int(options.get("skbmark", "0").partition("/")[0], 16) + int(options.get("skbqueue", 0))
+    found[name, key] = elements.mark_bytes(mark)
+
+
+def sets_of(found: Mapping[ElementKey, bytes]) -> Iterator[str]:
+    """The allow lists that some elements need: of ranges, and of marks that are limited."""
+    for key in found:
+        if key[0].startswith("allow"):
+            yield allow_of(key)
+        elif key[0] == "limited":
+            yield from (allow_name(f, elements.mark_of(key[1])) for f in FAMILIES)

@@ -1,0 +1,303 @@
+"""What the host's chains and sets hold, as elements, and the steps that change it.
+
+Owns the order of the steps: no packet finds a frontend whose pool is not there yet.  Pure, mutable.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mesh.delta import Delta
+from mesh.errors import ApplyFailed
+from mesh.model.address import FAMILIES, Family
+from mesh.rules import elements, ipsets, marks, xtables, xtables_peers
+from mesh.rules.xtables_pools import Pools, id_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.xtables import Chains, Rules
+
+    ElementDelta = Delta[ElementKey, bytes]
+
+_PEERS: Final = frozenset(xtables_peers.CHAINS)
+
+
+class Step(NamedTuple):
+    """Input for one program, and what takes it back; `family` None is ipset."""
+
+    family: Family | None
+    text: str
+    undo: str
+
+
+Stage = list[Step]
+"""Steps that may run at once."""
+
+
+class Image:
+    """Every element the host holds, as last read or written."""
+
+    def __init__(self) -> None:
+        self._sets: dict[str, dict[bytes, bytes]] = {
+            name: {} for name in elements.SETS if name not in elements.TARGETS
+        }
+        self._pools = {f"targets{family.suffix}": Pools(family) for family in FAMILIES}
+
+    @staticmethod
+    def parse(saved: Mapping[Family, Mapping[str, xtables.Saved]], entries: Elements) -> Image:
+        """What saved tables and sets hold.  What is not as we write it is left out."""
+        found = Image()
+        for key, data in entries.items():
+            found._put(key, data)
+        for family in FAMILIES:
+            nat, raw = (saved[family].get(t, xtables.Saved({})).chains for t in ("nat", "raw"))
+            pools = found._pools[f"targets{family.suffix}"]
+            pools.parse(nat)
+            for key, data in xtables_peers.parse(raw).items():
+                found._put(key, data)
+            for mark in pools.limits():
+                found._put(("limited", elements.mark_bytes(mark)), b"")
+        return found
+
+    def elements(self) -> Elements:
+        """Everything."""
+        found: Elements = {
+            (name, key): data for name, held in self._sets.items() for key, data in held.items()
+        }
+        for name, pools in self._pools.items():
+            for mark, slot, target in pools.items():
+                found[name, elements.mark_bytes(mark) + elements.mark_bytes(slot)] = target
+        return found
+
+    def chains(self, family: Family) -> dict[str, Chains]:
+        """All chains that elements come to, by table."""
+        pools = self._pools[f"targets{family.suffix}"]
+        return {"raw": self._peers(), "nat": pools.chains(pools.ids())}
+
+    def _peers(self) -> Chains:
+        return xtables_peers.chains(self._sets["zones"], self._sets["via"])
+
+    def get(self, key: ElementKey) -> bytes | None:
+        """The data of an element; None if there is no such element."""
+        name, text = key
+        pools = self._pools.get(name)
+        if pools is None:
+            return self._sets[name].get(text)
+        return pools.get(elements.mark_of(text[:4]), elements.mark_of(text[4:]))
+
+    def _put(self, key: ElementKey, data: bytes) -> None:
+        name, text = key
+        if name in self._pools:
+            self._pools[name].put(elements.mark_of(text[:4]), elements.mark_of(text[4:]), data)
+            return
+        self._sets[name][text] = data
+        if name == "limited":
+            for pools in self._pools.values():
+                pools.limit(elements.mark_of(text))
+
+    def _drop(self, key: ElementKey) -> None:
+        name, text = key
+        if name in self._pools:
+            self._pools[name].drop(elements.mark_of(text[:4]), elements.mark_of(text[4:]))
+            return
+        del self._sets[name][text]
+        if name == "limited":
+            for pools in self._pools.values():
+                pools.unlimit(elements.mark_of(text))
+
+    def update(self, delta: ElementDelta) -> None:
+        """Hold what the change says.  Elements that are there already may be added again."""
+        for key in delta.remove.keys() - delta.add.keys():
+            self._drop(key)
+        for key, data in delta.add.items():
+            self._put(key, data)
+
+    def check(self, delta: ElementDelta) -> None:
+        """Raise ApplyFailed with the culprit if the change does not fit, as nftables would."""
+        for key in delta.remove:
+            if self.get(key) is None:
+                raise _refused(key, "does not exist")
+        for key, data in delta.add.items():
+            there = self.get(key)
+            if there not in (None, data) and key not in delta.remove:
+                raise _refused(key, "exists already with other data, or overlaps")
+            _check_form(key)
+        self._check_ranges(delta)
+
+    def _check_ranges(self, delta: ElementDelta) -> None:
+        """Ranges of one list may not overlap; only lists that get new ones are looked at."""
+        touched = {ipsets.allow_of(key) for key in delta.add if key[0].startswith("allow")}
+        if not touched:
+            return
+        for name in (f"allow{family.suffix}" for family in FAMILIES):
+            keys = {(name, text) for text in self._sets[name]} - delta.remove.keys()
+            keys |= {key for key in delta.add if key[0] == name}
+            found = sorted(key for key in keys if ipsets.allow_of(key) in touched)
+            for low, high in pairwise(found):
+                half = len(low[1]) // 2
+                if high[1][:half] <= low[1][half:]:
+                    new = high if high in delta.add else low
+                    raise _refused(new, "exists already with other data, or overlaps")
+
+    def effective(self, delta: ElementDelta) -> ElementDelta:
+        """The change without what is so already; its inverse then is its undoing."""
+        return Delta(
+            {k: v for k, v in delta.remove.items() if delta.add.get(k) != self.get(k)},
+            {k: v for k, v in delta.add.items() if self.get(k) != v},
+        )
+
+    def plan(self, delta: ElementDelta) -> list[Stage]:
+        """The steps of an effective change, in order; afterwards this image holds the change."""
+        late = self._late(delta)
+        early = Delta({k: v for k, v in delta.remove.items() if k not in late}, delta.add)
+        before = set(ipsets.sets_of(self._wanted_sets(delta, after=False)))
+        after = set(ipsets.sets_of(self._wanted_sets(delta, after=True)))
+        created, destroyed = sorted(after - before), sorted(before - after)
+        stages = [
+            _lists(created, delta),
+            self._write(early),
+            _entries(delta, destroyed, new=set(created)),
+            self._write(Delta(late, {})),
+            [Step(None, "".join(f"destroy {name}\n" for name in destroyed), "")],
+        ]
+        return [stage for stage in stages if any(step.text for step in stage)]
+
+    def _late(self, delta: ElementDelta) -> Elements:
+        """What goes after the frontends that lead there: limits, and pools with nothing left."""
+        gone: Counter[tuple[str, int]] = Counter()
+        for key in delta.remove:
+            if key[0] in self._pools and key not in delta.add:
+                gone[_pool_of(key)] += 1
+        refilled = {_pool_of(key) for key in delta.add if key[0] in self._pools}
+        emptied = {
+            pool
+            for pool, count in gone.items()
+            if pool not in refilled and self._pools[pool[0]].size(pool[1]) == count
+        }
+        return {
+            key: data
+            for key, data in delta.remove.items()
+            if key not in delta.add
+            and (key[0] == "limited" or (key[0] in self._pools and _pool_of(key) in emptied))
+        }
+
+    def _wanted_sets(self, delta: ElementDelta, *, after: bool) -> Elements:
+        """Limits and ranges of the marks that the change touches: before it, or after."""
+        names = ("limited", "allow4", "allow6")
+        touched = {_list_of(k) for part in (delta.remove, delta.add) for k in part if k[0] in names}
+        if not touched:
+            return {}
+        found = {
+            (name, text): b""
+            for name in names
+            for text in self._sets[name]
+            if _list_of((name, text)) in touched
+        }
+        if after:
+            found = {key: data for key, data in found.items() if key not in delta.remove}
+            found |= {key: data for key, data in delta.add.items() if key[0] in names}
+        return found
+
+    def _write(self, delta: ElementDelta) -> Stage:
+        """The chains that differ after a change, in both families.  Makes the change here."""
+        ids = {
+            name: {
+                *(_pool_of(key)[1] for part in (delta.remove, delta.add) for key in part
+                  if key[0] == name),
+                *(id_of(elements.mark_of(key[1])) for part in (delta.remove, delta.add)
+                  for key in part if key[0] == "limited"),
+            }
+            for name in self._pools
+        }  # fmt: skip
+        peers = any(key[0] in _PEERS for part in (delta.remove, delta.add) for key in part)
+        before = self._touched(ids, peers=peers)
+        self.update(delta)
+        after = self._touched(ids, peers=peers)
+        return [
+            Step(family, _restore(old, after[family]), _restore(after[family], old))
+            for family, old in before.items()
+        ]
+
+    def _touched(
+        self, ids: Mapping[str, set[int]], *, peers: bool
+    ) -> dict[Family, dict[str, Chains]]:
+        return {
+            family: {
+                "raw": self._peers() if peers else {},
+                "nat": self._pools[name].chains(ids[name]) if ids[name] else {},
+            }
+            for family, name in zip(FAMILIES, self._pools, strict=True)
+        }
+
+
+def _restore(before: Mapping[str, Chains], after: Mapping[str, Chains]) -> str:
+    changes: Iterable[tuple[str, Delta[str, Rules]]] = (
+        (table, Delta.between(before[table], after[table])) for table in before
+    )
+    return "".join(xtables.restore(table, change) for table, change in changes)
+
+
+def _lists(created: Iterable[str], delta: ElementDelta) -> Stage:
+    """Allow lists come whole before the rules that look into them."""
+    names = list(created)
+    text = [ipsets.create_allow(name) for name in names]
+    for key in delta.add:
+        if key[0].startswith("allow") and ipsets.allow_of(key) in names:
+            text += ipsets.additions(key, b"")
+    return [Step(None, _joined(text), "".join(f"destroy {name}\n" for name in names))]
+
+
+def _entries(delta: ElementDelta, destroyed: Iterable[str], new: set[str]) -> Stage:
+    """What changes in sets that stay: first what is new, then what goes."""
+    skipped = new | set(destroyed)
+
+    def commands(change: ElementDelta) -> str:
+        lines: list[str] = []
+        for key, data in change.add.items():
+            if _in_sets(key, skipped):
+                lines += ipsets.additions(key, data)
+        for key in change.remove:
+            if key not in change.add and _in_sets(key, skipped):
+                lines += ipsets.removals(key)
+        return _joined(lines)
+
+    return [Step(None, commands(delta), commands(Delta(delta.add, delta.remove)))]
+
+
+def _in_sets(key: ElementKey, skipped: set[str]) -> bool:
+    if key[0].startswith("allow"):
+        return ipsets.allow_of(key) not in skipped
+    return key[0] in ipsets.KEPT
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _pool_of(key: ElementKey) -> tuple[str, int]:
+    return key[0], id_of(elements.mark_of(key[1][:4]))
+
+
+def _list_of(key: ElementKey) -> int:
+    """The mark that a limit or a range belongs to."""
+    if key[0] == "limited":
+        return elements.mark_of(key[1])
+    return int.from_bytes(key[1][:4], "big")
+
+
+def _check_form(key: ElementKey) -> None:
+    name, text = key
+    if name.startswith("allow") and not ipsets.is_prefix(key):
+        raise _refused(key, "is not a prefix")
+    if name in elements.TARGETS:
+        mark, slot = elements.mark_of(text[:4]), elements.mark_of(text[4:])
+        if mark & marks.HASH and slot >= mark & marks.MAX_SLOTS:
+            raise _refused(key, "is beyond the pool's last slot")
+
+
+def _refused(key: ElementKey, reason: str) -> ApplyFailed:
+    return ApplyFailed(f"iptables: {elements.describe(key)} {reason}")
