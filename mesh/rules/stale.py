@@ -117,17 +117,17 @@ def chosen(flows: Iterable[Flow], stale: Iterable[Stale]) -> Iterator[Flow]:
 def _gone(
     delta: Delta[ElementKey, bytes],
 ) -> tuple[dict[int, set[Endpoint]], dict[int, set[Endpoint]]]:
-    """By id bits: backends that lost a slot, and UDP frontends that lead elsewhere or nowhere."""
+    """By id bits: backends that lost a slot, and UDP frontends that changed."""
+    slots: dict[bytes, set[bytes]] = {}
     backends: dict[int, set[Endpoint]] = {}
     frontends: dict[int, set[Endpoint]] = {}
-    for element, data in delta.remove.items():
-        name, key = element
+    for (name, key), data in delta.remove.items():
         if name in elements.TARGETS:
-            backends.setdefault(_bits(key[:4]), set()).add(_backend(data))
+            slots.setdefault(key[:4], set()).add(data)
         elif name in elements.FRONTENDS and key[-8] == _UDP:
-            new = delta.add.get(element)
-            if new is None or _bits(new) != _bits(data):
-                frontends.setdefault(_bits(data), set()).add(_frontend(key))
+            frontends.setdefault(_bits(data), set()).add(_frontend(key))
+    for mark, targets in slots.items():
+        backends.setdefault(_bits(mark), set()).update(map(_backend, targets))
     return backends, frontends
 
 

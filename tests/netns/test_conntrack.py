@@ -266,6 +266,22 @@ def test_a_client_that_came_before_its_vip_is_answered_once_there_is_one(
 
 
 @BOTH
+def test_a_new_port_leaves_answered_flows_to_the_same_port_elsewhere_alone(
+    world: World, family: Family
+) -> None:
+    world.change()
+    sibling = world.client(of(ADDRESSES["c2"], family), SERVER_PORT, namespace="c1")
+    assert sibling.ask() == "c2"
+    before = world.flow(sibling)
+
+    world.change(service(SERVER_PORT, ["c1"]))
+
+    assert world.forgot != ()
+    assert before is not None
+    assert world.flow(sibling) == before
+
+
+@BOTH
 def test_many_services_may_lose_replicas_in_one_change(world: World, family: Family) -> None:
     here = of(ADDRESSES["node"], family)
     ports = range(30100, 30108)
@@ -303,8 +319,8 @@ def test_a_fresh_agent_finds_the_flows_that_another_left_behind(
 
 
 @contextmanager
-def marked_flow(zone: str = "") -> Iterator[Conntrack]:
-    """A namespace with one flow, marked as that of frontend 1, and its table."""
+def marked_flows(count: int, zone: str = "") -> Iterator[Conntrack]:
+    """The table of a namespace with flows that are marked as those of frontend 1."""
     mark = marks.OURS | marks.id_bits(1)
     with rules.namespace(), ExitStack() as stack:
         run("ip", "link", "set", "lo", "up")
@@ -315,7 +331,8 @@ def marked_flow(zone: str = "") -> Iterator[Conntrack]:
             if action:
                 rules.nft(f"add rule inet x {name} {action}")
         sender = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        sender.sendto(b"?", ("127.0.0.1", 9))
+        for port in range(1000, 1000 + count):
+            sender.sendto(b"?", ("127.0.0.255", port))
         conntrack = Conntrack()
         stack.callback(conntrack.close)
         yield conntrack
@@ -323,7 +340,7 @@ def marked_flow(zone: str = "") -> Iterator[Conntrack]:
 
 @pytest.mark.parametrize("zone", ["", "ct zone set 7", "ct original zone set 7"])
 async def test_a_flow_in_any_zone_can_be_deleted(zone: str) -> None:
-    with marked_flow(zone) as conntrack:
+    with marked_flows(1, zone) as conntrack:
         flows = await conntrack.flows(marks.OURS, marks.OURS)
         await conntrack.delete([*flows, *flows])
 
@@ -331,8 +348,17 @@ async def test_a_flow_in_any_zone_can_be_deleted(zone: str) -> None:
         assert await conntrack.flows(marks.OURS, marks.OURS) == []
 
 
+async def test_hundreds_of_flows_are_deleted() -> None:
+    with marked_flows(200) as conntrack:
+        flows = await conntrack.udp_flows(marks.OURS, marks.OURS)
+        await conntrack.delete(flows)
+
+        assert len(flows) == 200
+        assert await conntrack.flows(marks.OURS, marks.OURS) == []
+
+
 async def test_what_is_not_this_very_flow_is_not_deleted() -> None:
-    with marked_flow() as conntrack:
+    with marked_flows(1) as conntrack:
         before = await conntrack.flows(marks.OURS, marks.OURS)
         handle = before[0].handle
         other = handle[:-1] + bytes((handle[-1] ^ 1,))  # the end of its id
