@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mesh.agent import etcd
+from mesh.agent import etcd, lock
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, nftables
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 def run(config: AgentConfig) -> int:
     """Remove everything.  Raises MeshError naming what could not be removed."""
     host.check_rights()
-    asyncio.run(_remove(config))
+    with lock.held(Path(config.state_dir)):  # an agent would put everything back
+        asyncio.run(_remove(config))
     return 0
 
 

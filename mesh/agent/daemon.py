@@ -6,20 +6,17 @@ Forwarding goes on when it ends; only `mesh agent --cleanup` takes it off the ho
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mesh.agent import etcd
+from mesh.agent import etcd, lock
 from mesh.agent.agent import Agent
-from mesh.errors import HostNotReady, MeshError
+from mesh.errors import MeshError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Coroutine
 
     from mesh.agent.config import AgentConfig
 
@@ -28,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def run(config: AgentConfig) -> int:
     """Run the agent until SIGTERM or SIGINT.  Raises MeshError if it cannot run."""
-    with _only_one(Path(config.state_dir)):
+    with lock.held(Path(config.state_dir)):
         _run(_serve(config))
     return 0
 
@@ -68,25 +65,3 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found
-
-
-@contextmanager
-def _only_one(state_dir: Path) -> Iterator[None]:
-    """Hold the state directory's lock.  Raises HostNotReady if another agent has it."""
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise HostNotReady(
-            f"state_dir {state_dir}: {error.strerror}; run as root or choose another state_dir"
-        ) from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HostNotReady(
-                f"another agent runs with state_dir {state_dir}: stop it first"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)

@@ -61,11 +61,20 @@ class Network:
             labels=self._config.labels,
         )
 
+    async def start(self) -> None:
+        """The first pass.  Raises HostNotReady where no later one could do better."""
+        if (lacking := await self._sync()) is not None:
+            raise lacking
+
     async def sync(self) -> None:
         """One pass over everything.  What cannot be done is in `problems`, and tried again."""
+        await self._sync()
+
+    async def _sync(self) -> HostNotReady | None:
         own, cluster, nodes = self._config.node, self._state.cluster, self._state.peers()
         if cluster is None or own not in nodes:
-            return
+            return None
+        lacking = None
         underlay = await self._links.underlay()
         key = await keys.load(self._state_dir)
         mtu = underlay.mtu(split_endpoint(e)[0] for e in nodes[own].node.endpoints)
@@ -74,11 +83,13 @@ class Network:
         try:
             problems += await self._network.reconcile(key, cluster.wireguard_port, wanted, underlay)
         except (ApplyFailed, CommandFailed, HostNotReady) as error:
+            lacking = error if isinstance(error, HostNotReady) else None
             problems.append(Problem(about="network", message=str(error)))
         for problem in problems:
             if problem not in self.problems:
                 log.warning("%s: %s", problem.about, problem.message)
         self.problems = tuple(problems)
+        return lacking
 
     async def remove(self) -> None:
         """Take everything of ours off the host."""
