@@ -15,6 +15,7 @@ from mesh.agent import etcd, lock
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, nftables
+from mesh.dataplane.firewall import Firewall
 from mesh.dataplane.nfnetlink import Socket
 from mesh.errors import StoreUnavailable
 from mesh.store import schema
@@ -37,6 +38,8 @@ async def _remove(config: AgentConfig) -> None:
     keys = schema.Keys(config.etcd.prefix)
     with closing(Socket()) as netlink:
         nftables.remove_tables(netlink)
+        with closing(Firewall(ignored=netlink.port)) as firewall:
+            await firewall.remove()
     network = Network(config, State(keys, config.node))
     try:
         await network.remove()
