@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from mesh.store.protocol import Store
 
 _VIP_SECONDS: Final = 30.0
-
-_INSIDE: Final = ("web-1", "db-1")
-_ASKING_NODE: Final = "n3"
-"""Replicas and the node that ask, too."""
+_LISTEN_SECONDS: Final = 30.0
 
 
 class Outcome(NamedTuple):
@@ -87,6 +84,7 @@ async def _start_services(stage: Stage, store: Store) -> Scene:
         _start_clients(stage), *(_start_replica(stage, name) for name in demo_rows.TASKS)
     )
     scene = await _scene(stage, store)
+    await _listening(stage, scene)
     where = ", ".join(f"{task} on {node}" for task, node in demo_rows.TASKS.items())
     took = time.monotonic() - began
     stage.tell(stage.current, Verdict(True, f"{where}; ready in {took:.1f} s"))
@@ -95,17 +93,17 @@ async def _start_services(stage: Stage, store: Store) -> Scene:
 
 async def _start_replica(stage: Stage, name: str) -> None:
     service = name.partition("-")[0]
-    (port,) = {p.target for spec in demo_rows.SERVICES if spec.name == service for p in spec.ports}
-    command = (sys.executable, "-m", "mesh.lab.replica", "--udp", "--port", str(port))
+    port = str(demo_rows.port_of(service))
+    command = (sys.executable, "-m", "mesh.lab.replica", "--udp", "--port", port)
     task = await stage.lab.run_task(service, demo_rows.TASKS[name], command, name)
-    if name in _INSIDE:
+    if name in demo_rows.ASKING_REPLICAS:
         await stage.start_client(name, innermost(task.pid))
 
 
 async def _start_clients(stage: Stage) -> None:
     status = await stage.lab.status()
     pids = {client.name: client.pid for client in status.clients}
-    node = status.node(_ASKING_NODE)
+    node = status.node(demo_rows.ASKING_NODE)
     if node.pid is None:
         raise MeshError(f"{node.name} is off")
     for name, pid in (*pids.items(), (node.name, node.pid)):
@@ -133,6 +131,18 @@ async def _scene(stage: Stage, store: Store) -> Scene:
         vips=vips,
         tasks={task.id: task for task in tasks},
     )
+
+
+async def _listening(stage: Stage, scene: Scene) -> None:
+    """Wait for the replicas: they are registered from their start, before they listen."""
+    lacking = ""
+
+    async def all_answer() -> bool:
+        nonlocal lacking
+        lacking = await stage.silent(demo_rows.directly(scene.tasks.values()))
+        return not lacking
+
+    await readiness.until(all_answer, _LISTEN_SECONDS, lambda: f"{lacking} does not answer")
 
 
 async def _detour(stage: Stage, scene: Scene) -> None:

@@ -41,6 +41,11 @@ class Seen(msgspec.Struct, frozen=True, array_like=True):
     client: str | None = None
     failure: str | None = None
 
+    @property
+    def ended(self) -> float:
+        """When it was answered, or had failed."""
+        return self.began + self.seconds
+
 
 class Verdict(NamedTuple):
     """Whether a row is as it should be, and what was seen (if not, also what was expected)."""
@@ -105,13 +110,16 @@ def settled(seen: Sequence[Seen], at: float, limit: float) -> Verdict:
     lost = _failed(seen)
     last = max((one.began for one in lost), default=at)
     end = max((one.began for one in seen), default=at)
-    early = [one for one in lost if one.began + one.seconds < at]
+    early = [one for one in lost if one.ended < at]
     right = len(seen) >= FEWEST and not early and last - at <= limit and end - last >= QUIET
     detail = f"{len(lost)} of {len(seen)} failed"
     if lost:
         kinds = ", ".join(sorted({str(one.failure) for one in lost}))
         side = "after" if last >= at else "before"
         detail += f" ({kinds}), the last began {_duration(abs(last - at))} {side}"
+    slowest = max((one.seconds for one in seen if one.replica), default=0)
+    if slowest > AT_ONCE:
+        detail += f", the slowest answer took {_duration(slowest)}"
     wanted = f"none to fail that begins {_duration(limit)} after or in the last {_duration(QUIET)}"
     return _verdict(right, wanted, detail)
 
@@ -125,7 +133,7 @@ def taken_over(seen: Iterable[Seen], replicas: Collection[str]) -> Verdict:
 
 def back(seen: Sequence[Seen], at: float, replica: str, limit: float) -> Verdict:
     """The `replica` answers again within `limit` seconds."""
-    first = min((o.began for o in seen if o.replica == replica and o.began > at), default=None)
+    first = min((o.ended for o in seen if o.replica == replica and o.began > at), default=None)
     wanted = f"an answer from {replica} within {_duration(limit)}"
     if first is None:
         return _verdict(False, wanted, "none")

@@ -35,8 +35,9 @@ PAUSE: Final = 0.03
 AGENTLESS: Final = 0.5
 """Seconds that a node goes without its agent, besides what the start of one takes."""
 
-REPLICA_SECONDS: Final = 2.0
-"""A replica's supervisor withdraws it at once; one started again refuses until it listens."""
+REPLICA_SECONDS: Final = 5.0
+"""A killed replica is withdrawn at once; one started again refuses until it listens, and a crowded
+machine may take seconds to start a program."""
 
 RESTART_SECONDS: Final = 10.0
 """Its supervisor waits 0.2 s, and an interpreter starts in some tenths of a second."""
@@ -72,11 +73,15 @@ async def kill_replica(stage: Stage, scene: Scene, store: Store) -> None:
     stage.group("replica", f"The replica {REPLICA} is killed (SIGKILL)")
     stage.begin("connections meanwhile")
     victim, dead = innermost(await stage.supervisor(REPLICA)), math.inf
-    before = await _registered(store)
+    key = readiness.KEYS.task("web", REPLICA)
+    before = await store.get(key)
 
     async def restarted() -> bool:
-        now = await _registered(store)
-        return now > before and not (await readiness.read(store)).behind(now)
+        now = await store.get(key)
+        if now is None or now == before or (await readiness.read(store)).behind(now.mod_revision):
+            return False
+        task = schema.parse_task(now.key, now.value)
+        return not await stage.silent(demo_rows.directly([task]))
 
     async def disturb() -> float:
         nonlocal dead
@@ -89,8 +94,9 @@ async def kill_replica(stage: Stage, scene: Scene, store: Store) -> None:
 
     seen, at = await stage.under_load(_load(scene.nodes), disturb())
     answers = _all(seen)
-    back = next((o.began for o in answers if o.replica == REPLICA and o.began > dead), math.inf)
-    meanwhile = [one for one in answers if dead < one.began < back]
+    ends = (o.ended for o in answers if o.replica == REPLICA and o.began > dead)
+    back = min(ends, default=math.inf)
+    meanwhile = [one for one in answers if one.began > dead and one.ended < back]
     others = [task for task in WEB if task != REPLICA]
     stage.tell("connections, every node", demo_checks.settled(answers, at, REPLICA_SECONDS))
     stage.tell("answers while it is gone", demo_checks.taken_over(meanwhile, others))
@@ -120,12 +126,6 @@ async def kill_node(stage: Stage, scene: Scene, store: Store) -> None:
     left = [task for task, node in demo_rows.TASKS.items() if task in WEB and node != NODE]
     for node in rest:
         await stage.ask(demo_rows.answered_by(f"{node.name} then", [node], left))
-
-
-async def _registered(store: Store) -> int:
-    """The revision of the replica's record; 0 if there is none."""
-    record = await store.get(readiness.KEYS.task("web", REPLICA))
-    return 0 if record is None else record.mod_revision
 
 
 async def _liveness(store: Store) -> int:

@@ -39,6 +39,10 @@ TASKS: Final = {"web-1": "n1", "web-2": "n1", "web-3": "n2", "db-1": "n3"}
 
 WEB: Final = tuple(task for task in TASKS if task.startswith("web"))
 
+ASKING_NODE: Final = "n3"
+ASKING_REPLICAS: Final = ("web-1", "db-1")
+"""Those inside who ask."""
+
 CLIENTS: Final = {"c1": "on the link", "c2": "behind a router"}
 
 DETOUR: Final = "n1"
@@ -96,6 +100,20 @@ def answered_by(name: str, nodes: Iterable[NodeStatus], replicas: Sequence[str])
     """A row that asks the ingress port of `nodes` from c1, and expects `replicas`."""
     hosts = [host for node in nodes for host in outside(node)]
     return Row(name, _asks("c1", hosts, 8080), partial(demo_checks.spread, replicas=replicas))
+
+
+def directly(tasks: Iterable[Task]) -> tuple[tuple[str, Ask], ...]:
+    """Questions to every replica itself, from the node that asks."""
+    return tuple(
+        (ASKING_NODE, Ask(host=host, port=port_of(task.service)))
+        for task in tasks
+        for host in task.addresses
+    )
+
+
+def port_of(service: str) -> int:
+    """Where the replicas of a service listen."""
+    return next(port.target for spec in SERVICES if spec.name == service for port in spec.ports)
 
 
 def detour(scene: Scene) -> tuple[str, ...]:

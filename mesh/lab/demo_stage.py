@@ -15,7 +15,7 @@ from mesh.lab.demo_checks import Check
 from mesh.lab.demo_client import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Iterable, Sequence
 
     from mesh.lab.client import OwnLab
     from mesh.lab.demo_checks import Seen, Verdict
@@ -72,6 +72,11 @@ class Stage:
         """Let `name` be asked from the namespaces of process `pid`."""
         self._clients[name] = await Client.start(name, pid)
 
+    async def silent(self, asks: Iterable[tuple[str, Ask]]) -> str:
+        """The first address that does not answer, or nothing."""
+        seen = await self._answers(asks)
+        return next((one.host for one in seen if one.failure), "")
+
     async def supervisor(self, replica: str) -> int:
         """The host's number of the process that runs a replica.  Raises NotFound."""
         for task in (await self.lab.status()).tasks:
@@ -82,8 +87,11 @@ class Stage:
     async def ask(self, row: Row) -> None:
         """Ask all of a row's questions at once, and show it.  Raises MeshError."""
         self.begin(row.name)
-        answers = await asyncio.gather(*(self._clients[who].ask(ask) for who, ask in row.asks))
-        self.tell(row.name, row.judge([one for seen in answers for one in seen]))
+        self.tell(row.name, row.judge(await self._answers(row.asks)))
+
+    async def _answers(self, asks: Iterable[tuple[str, Ask]]) -> list[Seen]:
+        answers = await asyncio.gather(*(self._clients[who].ask(ask) for who, ask in asks))
+        return [one for seen in answers for one in seen]
 
     async def under_load(
         self, asks: Sequence[Ask], disturbance: Coroutine[None, None, float]
