@@ -13,12 +13,14 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from mesh.agent.flows import Flows
 from mesh.agent.network import Network
 from mesh.agent.reconciler import Reconciler
 from mesh.agent.reporter import Reporter
 from mesh.agent.state import KINDS, State, Touched
 from mesh.controller import lead
 from mesh.dataplane import host
+from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.dataplane.nftables import NftablesDriver
@@ -185,10 +187,10 @@ class Agent:
     async def _keep_rules(
         self, cluster: Cluster, node: NodeView, lease: LeaseHolder, tasks: asyncio.TaskGroup
     ) -> None:
-        driver = self._driver(cluster, node)
+        driver, flows = self._driver(cluster, node), Flows(Conntrack())
         try:
             await driver.prepare()
-            reconciler = Reconciler(self._state, driver)
+            reconciler = Reconciler(self._state, driver, flows.written)
             self._pending = _NOTHING
             revision = self._state.revision
             await reconciler.start()
@@ -199,10 +201,13 @@ class Agent:
             reporter.applied(revision)
             await lease.put(self._keys.alive(node.name), b"{}")
             tasks.create_task(lease.run(), name="lease")
-            reports = reporter.run(lambda: self._problems(reconciler), self._follower.orders_in)
+            reports = reporter.run(
+                lambda: self._problems(reconciler, flows), self._follower.orders_in
+            )
             tasks.create_task(reports, name="reporter")
             tasks.create_task(self._keep_healed(driver, reconciler), name="healer")
             tasks.create_task(self._keep_firewall(driver), name="firewall")
+            tasks.create_task(flows.run(reconciler.serving), name="flows")
             log.info("forwarding node=%s number=%d", node.name, node.network.number)
             while True:
                 await self._changed.wait()
@@ -215,6 +220,7 @@ class Agent:
                 reporter.applied(revision)
         finally:
             driver.close()
+            flows.close()
 
     async def _keep_healed(self, driver: Driver, reconciler: Reconciler) -> None:
         """Put back what somebody else removes from our tables, or adds to them."""
@@ -264,12 +270,13 @@ class Agent:
             )
         return now is None
 
-    def _problems(self, reconciler: Reconciler) -> Iterable[Problem]:
+    def _problems(self, reconciler: Reconciler, flows: Flows) -> Iterable[Problem]:
         if self._problem is not None:
             yield self._problem
         yield from self._network.problems
         yield from self._firewall
         yield from reconciler.problems()
+        yield from flows.problems
         yield from self._state.problems()
 
     # ---- network

@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING
 from mesh.agent import planner
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed
+from mesh.model.publish import Protocol
 from mesh.model.report import Problem
 from mesh.rules import elements, nft
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from mesh.agent.state import State, Touched
     from mesh.dataplane.protocol import Driver, ElementDelta
     from mesh.rules.elements import Elements
+
+    Written = Callable[[ElementDelta], None]
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +38,15 @@ _NODES = "/nodes"
 
 
 class Reconciler:
-    """One node's rules: planned, lowered and applied, one service at a time."""
+    """One node's rules: planned, lowered and applied, one service at a time.
 
-    def __init__(self, state: State, driver: Driver) -> None:
+    `written` is told every change that the kernel has taken.
+    """
+
+    def __init__(self, state: State, driver: Driver, written: Written) -> None:
         self._state = state
         self._driver = driver
+        self._written = written
         self._ids = Ids()
         self._ledger = Ledger()
         self._pools: dict[str, tuple[str, ...]] = {}
@@ -92,6 +99,13 @@ class Reconciler:
                 await self._apply(delta)
             return len(delta)
 
+    def serving(self, number: int) -> Elements:
+        """The elements of a frontend id, if it serves UDP; for mesh.rules.stale."""
+        key = self._ids.key(number)
+        if key is None or key.split("/")[2] != Protocol.UDP.value:
+            return {}
+        return self._ledger.held_by(key.partition("/")[0])
+
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, and why."""
         yield from self._failed.values()
@@ -126,6 +140,7 @@ class Reconciler:
             await self._resync()
         else:
             self._failed.clear()
+            self._written(delta)
 
     async def _resync(self) -> int:
         """Mend the program, bring the kernel in line from what it really holds; single out who
@@ -140,6 +155,7 @@ class Reconciler:
                 await self._driver.apply(delta)
         except ApplyFailed:
             await self._apply_each()
+        self._written(delta)
         return len(delta)
 
     async def _apply_each(self) -> None:

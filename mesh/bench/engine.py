@@ -28,7 +28,7 @@ _BATCH = 1000
 async def run(driver: Driver, services: int, rounds: int) -> dict[str, object]:
     """The figures of one size; `rounds` single changes are timed."""
     state = State(records.KEYS, "n1")
-    reconciler = Reconciler(state, driver)
+    reconciler = Reconciler(state, driver, lambda _delta: None)
     await driver.prepare()
     state.apply(records.everything(services))
     gc.collect()

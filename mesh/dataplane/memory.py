@@ -20,6 +20,7 @@ class MemoryDriver:
     """Holds elements; `prepare` makes the sets exist, `remove` makes them go."""
 
     name = "memory"
+    port = 0
 
     def __init__(self) -> None:
         self._elements: Elements | None = None

@@ -46,7 +46,7 @@ class Node:
         self.state = State(KEYS, self.name)
         self.state.apply(snapshot)
         await self.driver.prepare()
-        self.reconciler = Reconciler(self.state, self.driver)
+        self.reconciler = Reconciler(self.state, self.driver, lambda _delta: None)
         await self.reconciler.start()
 
     def hear(self, changes: list[Change]) -> Touched:
