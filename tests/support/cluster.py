@@ -55,6 +55,17 @@ class Records:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._headers: dict[str, str] = {}
+
+    @contextmanager
+    def user(self, name: str, password: str) -> Iterator[None]:
+        """Be a user of etcd during a block."""
+        token = self.call("auth/authenticate", {"name": name, "password": password})["token"]
+        self._headers = {"Authorization": token}
+        try:
+            yield
+        finally:
+            self._headers = {}
 
     def put(self, key: str, record: object) -> int:
         """Write a record: bytes as they are, anything else as JSON."""
@@ -88,7 +99,8 @@ class Records:
 
     def call(self, verb: str, body: Mapping[str, object]) -> Any:
         """One request to the gateway."""
-        request = urllib.request.Request(f"{self.url}/v3/{verb}", json.dumps(body).encode())
+        url, data = f"{self.url}/v3/{verb}", json.dumps(body).encode()
+        request = urllib.request.Request(url, data, self._headers)
         with urllib.request.urlopen(request, timeout=LIMIT) as answer:
             return json.load(answer)
 
