@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -71,7 +72,7 @@ def live(sizes: tuple[int, ...], rounds: int, *, as_json: bool) -> None:
     from mesh.bench import live as measured
 
     def tell(what: str) -> None:
-        if click.get_text_stream("stderr").isatty():
+        if sys.stderr.isatty():
             click.echo(f"\r\033[K{what} …", nl=False, err=True)
 
     async def measure() -> list[dict[str, object]]:

@@ -58,6 +58,8 @@ class _Found(NamedTuple):
 class IptablesDriver:
     """Drives one flavour of iptables for one node.  `prepare` is also how damage is healed."""
 
+    port = 0  # its changes are made by other programs
+
     def __init__(self, parameters: Parameters, flavour: Flavour) -> None:
         self.name = f"iptables-{flavour}"
         self._flavour = flavour
