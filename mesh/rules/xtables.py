@@ -140,11 +140,16 @@ def hook_commands(static: Table, saved: Saved) -> list[str]:
     for hook, chain in static.hooks.items():
         jump = f"-j {chain}"
         rules = saved.chains.get(hook, ())
-        if rules[:1] == (jump,) and rules.count(jump) == 1:
+        if rules.count(jump) == 1 and _is_early(rules, jump):
             continue
         commands += [f"-D {hook} {jump}"] * rules.count(jump)
         commands.append(f"-I {hook} 1 {jump}")
     return commands
+
+
+def _is_early(rules: Rules, jump: str) -> bool:
+    """Whether nothing but a firewall's line for us (mesh.dataplane.firewall) comes before."""
+    return all("warren-mesh" in rule for rule in rules[: rules.index(jump)])
 
 
 def unhook_commands(static: Table, saved: Saved) -> list[str]:

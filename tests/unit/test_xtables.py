@@ -250,6 +250,6 @@ def test_no_name_is_too_long_for_iptables_or_ipset() -> None:
 def test_the_canary_tells_when_a_static_rule_was_changed() -> None:
     table = xtables.program(rules.PARAMETERS, Family.V4)["filter"]
     saved = xtables.Saved(dict(table.chains))
-    changed = xtables.Saved(table.chains | {"MESH-NEW": table.chains["MESH-NEW"][1:]})
+    changed = xtables.Saved(table.chains | {"MESH-NONE": table.chains["MESH-NONE"][1:]})
 
     assert xtables.witness(table, saved) != xtables.witness(table, changed)
