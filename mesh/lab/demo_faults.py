@@ -106,7 +106,8 @@ async def kill_replica(stage: Stage, scene: Scene, store: Store) -> None:
 
 async def kill_node(stage: Stage, scene: Scene, store: Store) -> None:
     """Power a node off: within the liveness time-out the others answer without it."""
-    stage.group("node", f"The node {NODE} is powered off")
+    liveness = await _liveness(store)
+    stage.group("node", f"The node {NODE} is powered off; the liveness time-out is {liveness} s")
     stage.begin("connections until it is known to be gone")
     rest = [node for node in scene.nodes if node.name != NODE]
 
@@ -120,7 +121,7 @@ async def kill_node(stage: Stage, scene: Scene, store: Store) -> None:
         return at
 
     seen, at = await stage.under_load(_load(rest), disturb())
-    limit = await _liveness(store) + LIVENESS_SLACK
+    limit = liveness + LIVENESS_SLACK
     names = " and ".join(node.name for node in rest)
     stage.tell(f"connections, {names}", demo_checks.settled(_all(seen), at, limit))
     left = [task for task, node in demo_rows.TASKS.items() if task in WEB and node != NODE]
