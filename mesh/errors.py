@@ -3,6 +3,14 @@
 A message is one line: what is wrong, where, and what to do.  Never raises, never logs.
 """
 
+_LONGEST = 300
+"""Characters that are quoted of a record, which anybody may have written; etcd takes 1.5 MB."""
+
+
+def clipped(text: str) -> str:
+    """`text`, or the beginning of one that nobody could read."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
 
 class MeshError(Exception):
     """The root of all expected failures; `exit_code` is what the command line returns."""
@@ -32,9 +40,9 @@ class InvalidRecord(MeshError):
     """A record that cannot be read: `key` is its etcd key, `reason` names field and remedy."""
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"{key}: {reason}")
         self.key = key
-        self.reason = reason
+        self.reason = clipped(reason)
+        super().__init__(f"{clipped(key)}: {self.reason}")
 
 
 class StoreUnavailable(MeshError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from mesh.errors import InvalidRecord
+from mesh.errors import InvalidRecord, clipped
 from mesh.hostports import claims
 from mesh.model import address
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
@@ -136,7 +136,7 @@ class State:
         try:
             record = parse(key, value)
         except InvalidRecord as error:
-            self.invalid[key] = Problem(about=key, message=error.reason)
+            self.invalid[key] = Problem(about=clipped(key), message=error.reason)
             return _NOTHING
         self.invalid.pop(key, None)
         if item.lease:
