@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
 
 from mesh.dataplane import command
+from mesh.dataplane.xtwatch import XtablesWatch
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, NotFound
 from mesh.model.address import FAMILIES, Family
@@ -38,7 +39,8 @@ _IP: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
 _LOCK_SECONDS: Final = "20"
 """How long to wait for other programs that hold the xtables lock."""
 
-_POLL_SECONDS: Final = 1.0
+_POLL_SECONDS: Final = 0.3
+_DOUBT_SECONDS: Final = 10.0
 
 _NO_BRIDGE_TABLE: Final = "table bridge mesh\ndelete table bridge mesh\n"
 
@@ -69,6 +71,8 @@ class IptablesDriver:
         self._image: Image | None = None
         self._problems: tuple[Problem, ...] = ()
         self._lock = asyncio.Lock()
+        self._watch: XtablesWatch | None = None
+        self._told_at = -_DOUBT_SECONDS
 
     def problems(self) -> tuple[Problem, ...]:
         """What this host cannot do."""
@@ -90,6 +94,7 @@ class IptablesDriver:
             else:
                 await _together(self._hook(family, found) for family in FAMILIES)
             self._image = found.image
+            self._settle()
             how = "loaded" if stale else "adopted"
             _log.info("iptables flavour=%s program=%s", self._flavour, how)
 
@@ -108,10 +113,26 @@ class IptablesDriver:
         return False
 
     async def tampered(self) -> str:
-        """See Driver.tampered: iptables tells nobody, so it is asked once a second."""
-        while not await self.damaged():  # noqa: ASYNC110 - other programs set no event
+        """See Driver.tampered: told at once if a jump or a set of ours is gone; other changes to
+        iptables' tables make it tell once in ten seconds, for most are not about us.
+        """
+        clock = asyncio.get_running_loop().time
+        if self._watch is None:
+            self._watch = XtablesWatch(self._flavour)
+        doubtful = False
+        while True:
             await asyncio.sleep(_POLL_SECONDS)
-        return "a jump or a set of ours is gone"
+            if self._lock.locked():
+                continue
+            if self._watch.changed():
+                self._watch.settle()
+                doubtful = True
+                if await self.damaged():
+                    self._told_at = clock()
+                    return "a jump or a set of ours is gone"
+            if doubtful and clock() >= self._told_at + _DOUBT_SECONDS:
+                self._told_at = clock()
+                return "iptables or ipset was used"
 
     async def read(self) -> Elements:
         """Every element the host holds.  Raises NotFound if chains or sets are gone or damaged."""
@@ -132,16 +153,23 @@ class IptablesDriver:
             change = image.effective(delta)
             if not change:
                 return
-            stages = await asyncio.to_thread(image.plan, change)
-            done: list[Stage] = []
-            for stage in stages:
-                results = await asyncio.gather(*map(self._do, stage), return_exceptions=True)
-                done.append([s for s, r in zip(stage, results, strict=True) if r is None])
-                for result in results:
-                    if isinstance(result, BaseException):
-                        image.update(Delta(change.add, change.remove))
-                        await self._undo(done)
-                        raise _explained(result) from result
+            try:
+                await self._run(await asyncio.to_thread(image.plan, change))
+            except CommandFailed as error:
+                image.update(Delta(change.add, change.remove))
+                raise _explained(error) from error
+            finally:
+                self._settle()
+
+    async def _run(self, stages: list[Stage]) -> None:
+        done: list[Stage] = []
+        for stage in stages:
+            results = await asyncio.gather(*map(self._do, stage), return_exceptions=True)
+            done.append(stage)  # also what failed: of several tables or entries, some are written
+            for result in results:
+                if result is not None:
+                    await self._undo(done)
+                    raise result
 
     async def _do(self, step: Step) -> None:
         if step.family is not None:
@@ -156,7 +184,12 @@ class IptablesDriver:
                 try:
                     await self._do(step._replace(text=step.undo))
                 except CommandFailed as error:
-                    _log.error("iptables undo failed: %s", error)
+                    _log.warning("iptables undo was not complete: %s", error)
+
+    async def exists(self) -> bool:
+        """Whether there is any chain of ours; creates the tables it looks at."""
+        saved = await command.run(f"{_IP[Family.V4]}-{self._flavour}-save")
+        return ":MESH-" in saved
 
     async def remove(self) -> None:
         """Delete our chains, sets and bridge table, and nobody else's."""
@@ -164,15 +197,24 @@ class IptablesDriver:
             self._image = None
             found = await self._find()
             await _together(self._unload(family, found) for family in FAMILIES)
-            names = {name for name in found.sets if " " not in name}
-            await self._ipset([f"destroy {name}\n" for name in sorted(names)])
+            try:
+                await self._ipset([f"destroy {name}\n" for name in ipsets.by_use(found.sets)])
+            except CommandFailed as error:
+                _log.info("iptables sets stay, the other flavour uses them: %s", error)
             try:
                 await command.run("nft", "-f", "-", input=_NO_BRIDGE_TABLE)
             except CommandFailed as error:
                 _log.info("iptables bridge table stays: %s", error)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Stop looking; the kernel keeps forwarding."""
+        if self._watch is not None:
+            self._watch.close()
+
+    def _settle(self) -> None:
+        """What was just written is our own."""
+        if self._watch is not None:
+            self._watch.settle()
 
     async def _find(self) -> _Found:
         """What there is.  Each flavour sees only its own tables; sets serve both."""
@@ -281,10 +323,8 @@ def _parsed(texts: Iterable[str], entries: str) -> _Found:
     return _Found(tables, names, Image.parse(tables, found))
 
 
-def _explained(error: BaseException) -> BaseException:
+def _explained(error: CommandFailed) -> ApplyFailed:
     """A program's refusal with the line it refused, where it names one."""
-    if not isinstance(error, CommandFailed):
-        return error
     shown = [line[2:] for note in getattr(error, "__notes__", ()) for line in note.splitlines()
              if line.startswith(">")]  # fmt: skip
     where = f": {shown[0].split(maxsplit=1)[1]}" if shown else ""

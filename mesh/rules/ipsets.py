@@ -199,6 +199,15 @@ def _parse_entry(found: Elements, name: str, words: list[str]) -> None:
     found[name, key] = elements.mark_bytes(mark)
 
 
+def by_use(names: set[str]) -> list[str]:
+    """Those of `names` that are sets, such that the first is in use if any is."""
+    return [
+        *sorted(names & {set_name(name) for name in KEPT}),
+        *sorted(filter(_ALLOW.fullmatch, names)),
+        *sorted(names & {CANARY}),
+    ]
+
+
 def sets_of(found: Mapping[ElementKey, bytes]) -> Iterator[str]:
     """The allow lists that some elements need: of ranges, and of marks that are limited."""
     for key in found:
