@@ -25,7 +25,7 @@ from mesh.dataplane.firewall import Firewall
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.dataplane.nftables import NftablesDriver
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
-from mesh.model.cluster import Cluster
+from mesh.model.cluster import Cluster, NodeNetwork
 from mesh.model.node import Role
 from mesh.model.report import Problem
 from mesh.rules.program import Devices, Parameters
@@ -74,14 +74,15 @@ class Agent:
         self._first_picture = asyncio.Event()
         self._forwarding = asyncio.Event()
         self._lease: LeaseHolder | None = None
-        self._cluster_id = ""
+        self._cluster: Cluster | None = None
+        self._held: NodeNetwork | None = None
         self._problem: Problem | None = None
         self._firewall: tuple[Problem, ...] = ()
 
     async def run(self) -> None:
         """Run until cancelled.  Raises MeshError if the node cannot take part."""
         cluster = await self._find_cluster()
-        self._cluster_id = cluster.id
+        self._cluster = cluster
         try:
             await self._register(cluster)
             self._lease = lease = LeaseHolder(self._store, cluster.liveness_ttl)
@@ -90,6 +91,7 @@ class Agent:
                 if self._config.role is Role.MANAGER:
                     tasks.create_task(self._control(cluster), name="controller")
                 node = await self._numbered()
+                self._held = node.network
                 await self._network.start()
                 tasks.create_task(self._keep_network(), name="network")
                 await self._keep_rules(cluster, node, lease, tasks)
@@ -168,19 +170,37 @@ class Agent:
         return node
 
     def _in_sync(self) -> bool:
-        """Whether etcd holds the cluster this agent belongs to; if not, nothing is changed."""
-        cluster = self._state.cluster
-        if cluster is not None and cluster.id == self._cluster_id:
+        """Whether etcd holds the cluster and the number this agent began with; if not, nothing is
+        changed.
+        """
+        strange = self._strange()
+        if strange is None:
             self._problem = None
-            return True
-        if self._problem is None:
-            self._problem = Problem(
-                about="cluster",
-                message=f"{self._keys.cluster} is missing or another cluster's: forwarding is held "
-                "as it was; restore etcd, or run `mesh agent --cleanup` and join again",
+        elif self._problem is None or self._problem.message != strange:
+            self._problem = Problem(about="cluster", message=strange)
+            log.error("%s", strange)
+        return strange is None
+
+    def _strange(self) -> str | None:
+        now = self._state.cluster
+        if now is None or self._cluster is None or now.id != self._cluster.id:
+            return (
+                f"{self._keys.cluster} is missing or another cluster's: forwarding is held as it "
+                "was; restore etcd, or run `mesh agent --cleanup` and join again"
             )
-            log.error("%s: %s", self._problem.about, self._problem.message)
-        return False
+        if now.plan != self._cluster.plan:
+            return (
+                f"{self._keys.cluster} has other addresses or ports than at the start: forwarding "
+                "is held as it was; put them back, or start every agent again"
+            )
+        held, network = self._held, self._state.network(self._config.node)
+        if held is not None and network != held:
+            number = "none" if network is None else network.number
+            return (
+                f"this node was given number {held.number} and now has {number}: forwarding is "
+                "held as it was; start its agent again"
+            )
+        return None
 
     # ---- rules
 
@@ -212,7 +232,8 @@ class Agent:
             while True:
                 await self._changed.wait()
                 self._changed.clear()
-                if not self._in_sync() or self._renumbered(node):
+                if not self._in_sync():
+                    reporter.wake()
                     continue
                 touched, self._pending = self._pending, _NOTHING
                 revision = self._state.revision
@@ -259,16 +280,6 @@ class Agent:
     def _driver(self, cluster: Cluster, node: NodeView) -> Driver:
         devices = Devices(*self._network.names, node.network.bridge_mac)
         return NftablesDriver(Parameters.of(cluster, node.network.number, devices))
-
-    def _renumbered(self, node: NodeView) -> bool:
-        """Whether this node's number was taken away.  Raises HostNotReady if it has another."""
-        now = self._state.node_view()
-        if now is not None and now.network != node.network:
-            raise HostNotReady(
-                f"node {node.name} was number {node.network.number} and is now "
-                f"{now.network.number}: start its agent again"
-            )
-        return now is None
 
     def _problems(self, reconciler: Reconciler, flows: Flows) -> Iterable[Problem]:
         if self._problem is not None:

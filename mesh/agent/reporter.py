@@ -44,6 +44,10 @@ class Reporter:
         self._revision = revision
         self._wake.set()
 
+    def wake(self) -> None:
+        """The problems may have changed."""
+        self._wake.set()
+
     async def run(
         self, problems: Callable[[], Iterable[Problem]], orders_in: Callable[[], float]
     ) -> None:

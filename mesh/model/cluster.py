@@ -88,6 +88,14 @@ class Cluster(
             raise ValueError("ingressPorts and hostPorts overlap")
 
     @property
+    def plan(self) -> tuple[object, ...]:
+        """What a node that runs is built on, so that only a new start can take another one."""
+        return (
+            *(self.id, self.overlay4, self.containers4, self.node_bits4, self.vips4, self.prefix6),
+            *(self.wireguard_port, self.steering_port, self.steering_vni),
+        )
+
+    @property
     def capacity(self) -> int:
         """How many nodes the pools have room for."""
         overlay = (1 << (32 - address.prefix_length(self.overlay4))) - 2
