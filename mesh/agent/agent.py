@@ -10,21 +10,16 @@ import asyncio
 import gc
 import logging
 from contextlib import aclosing
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent.flows import Flows
+from mesh.agent import backend
 from mesh.agent.network import Network
-from mesh.agent.reconciler import Reconciler
 from mesh.agent.reporter import Reporter
+from mesh.agent.rules import Rules
 from mesh.agent.state import KINDS, State, Touched
 from mesh.controller import lead
-from mesh.dataplane import host
-from mesh.dataplane.conntrack import Conntrack
-from mesh.dataplane.firewall import Firewall
 from mesh.dataplane.linkwatch import LinkWatch
-from mesh.dataplane.nftables import NftablesDriver
-from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
+from mesh.errors import HostNotReady
 from mesh.model.cluster import Cluster, NodeNetwork
 from mesh.model.node import Role
 from mesh.model.report import Problem
@@ -35,10 +30,9 @@ from mesh.store.lease import LeaseHolder
 from mesh.store.sync import Follower
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Iterable
 
     from mesh.agent.config import AgentConfig
-    from mesh.dataplane.protocol import Driver
     from mesh.model.view import NodeView
     from mesh.store.protocol import Store
 
@@ -46,11 +40,6 @@ log = logging.getLogger(__name__)
 
 _CHECK_SECONDS: Final = 5.0
 """How often links and WireGuard are looked at without being told that they changed."""
-
-_RETRY_SECONDS: Final = 0.2
-
-_FIREWALL_SECONDS: Final = 1.0
-"""How often the host's firewall is looked at: 20 microseconds, unless iptables-legacy is in use."""
 
 _SETTLE_SECONDS: Final = 0.05
 """Link notifications come in bursts; one pass answers a whole burst."""
@@ -77,7 +66,6 @@ class Agent:
         self._cluster: Cluster | None = None
         self._held: NodeNetwork | None = None
         self._problem: Problem | None = None
-        self._firewall: tuple[Problem, ...] = ()
 
     async def run(self) -> None:
         """Run until cancelled.  Raises MeshError if the node cannot take part."""
@@ -108,7 +96,6 @@ class Agent:
 
     async def _register(self, cluster: Cluster) -> None:
         """Write this node's record, if it differs.  Raises HostNotReady if it cannot take part."""
-        host.check_program("nft", "nftables")
         record = schema.encode(await self._network.identify(cluster))
         key = self._keys.node(self._config.node)
         item = await self._store.get(key)
@@ -207,27 +194,24 @@ class Agent:
     async def _keep_rules(
         self, cluster: Cluster, node: NodeView, lease: LeaseHolder, tasks: asyncio.TaskGroup
     ) -> None:
-        driver, flows = self._driver(cluster, node), Flows(Conntrack())
+        devices = Devices(*self._network.names, node.network.bridge_mac)
+        parameters = Parameters.of(cluster, node.network.number, devices)
+        chosen = await backend.choose(self._config.backend, parameters)
+        rules = Rules(self._state, chosen, self._changed.set)
         try:
-            await driver.prepare()
-            reconciler = Reconciler(self._state, driver, flows.written)
             self._pending = _NOTHING
             revision = self._state.revision
-            await reconciler.start()
+            await rules.start(parameters)
             self._forwarding.set()
             gc.collect()
             gc.freeze()  # what was loaded stays; no collection walks it again
-            reporter = Reporter(self._store, self._keys.applied(node.name), driver.name)
+            reporter = Reporter(self._store, self._keys.applied(node.name), chosen)
             reporter.applied(revision)
             await lease.put(self._keys.alive(node.name), b"{}")
             tasks.create_task(lease.run(), name="lease")
-            reports = reporter.run(
-                lambda: self._problems(reconciler, flows), self._follower.orders_in
-            )
+            reports = reporter.run(lambda: self._problems(rules), self._follower.orders_in)
             tasks.create_task(reports, name="reporter")
-            tasks.create_task(self._keep_healed(driver, reconciler), name="healer")
-            tasks.create_task(self._keep_firewall(driver), name="firewall")
-            tasks.create_task(flows.run(reconciler.serving), name="flows")
+            rules.look_after(tasks)
             log.info("forwarding node=%s number=%d", node.name, node.network.number)
             while True:
                 await self._changed.wait()
@@ -237,57 +221,16 @@ class Agent:
                     continue
                 touched, self._pending = self._pending, _NOTHING
                 revision = self._state.revision
-                await self._until_done(partial(reconciler.reconcile, touched), reconciler)
+                await rules.reconcile(touched)
                 reporter.applied(revision)
         finally:
-            driver.close()
-            flows.close()
+            rules.close()
 
-    async def _keep_healed(self, driver: Driver, reconciler: Reconciler) -> None:
-        """Put back what somebody else removes from our tables, or adds to them."""
-        while True:
-            what = await driver.tampered()
-            await asyncio.sleep(_SETTLE_SECONDS)
-            differed = await self._until_done(reconciler.heal, reconciler)
-            if differed:
-                log.warning("healed elements=%d after=%r", differed, what)
-
-    async def _keep_firewall(self, driver: Driver) -> None:
-        """Keep our flows accepted by the host's own firewall, also after it is reloaded."""
-        firewall = Firewall(ignored=driver.port)
-        try:
-            while True:
-                before, self._firewall = self._firewall, await firewall.sync()
-                if self._firewall != before:
-                    self._changed.set()  # so that it is reported
-                await asyncio.sleep(_FIREWALL_SECONDS)
-        finally:
-            firewall.close()
-
-    async def _until_done(self, step: Callable[[], Awaitable[int]], reconciler: Reconciler) -> int:
-        """Do a step; as long as the rules cannot be written, try to heal them instead.
-
-        Somebody may delete the table in the middle of it.
-        """
-        while True:
-            try:
-                return await step()
-            except (ApplyFailed, CommandFailed, HostNotReady, NotFound) as error:
-                log.error("rules not in line, trying again: %s", error)
-            await asyncio.sleep(_RETRY_SECONDS)
-            step = reconciler.heal
-
-    def _driver(self, cluster: Cluster, node: NodeView) -> Driver:
-        devices = Devices(*self._network.names, node.network.bridge_mac)
-        return NftablesDriver(Parameters.of(cluster, node.network.number, devices))
-
-    def _problems(self, reconciler: Reconciler, flows: Flows) -> Iterable[Problem]:
+    def _problems(self, rules: Rules) -> Iterable[Problem]:
         if self._problem is not None:
             yield self._problem
         yield from self._network.problems
-        yield from self._firewall
-        yield from reconciler.problems()
-        yield from flows.problems
+        yield from rules.problems()
         yield from self._state.problems()
 
     # ---- network

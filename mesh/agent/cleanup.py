@@ -9,21 +9,23 @@ import asyncio
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from mesh.agent import etcd, lock
+from mesh.agent import backend, etcd, lock
 from mesh.agent.network import Network
 from mesh.agent.state import State
-from mesh.dataplane import host, nftables
+from mesh.dataplane import host
 from mesh.dataplane.firewall import Firewall
-from mesh.dataplane.nfnetlink import Socket
 from mesh.errors import StoreUnavailable
+from mesh.rules.program import Devices
 from mesh.store import schema
 
 if TYPE_CHECKING:
     from mesh.agent.config import AgentConfig
 
 log = logging.getLogger(__name__)
+
+_ANY_MAC: Final = "02:00:00:00:00:00"
 
 
 def run(config: AgentConfig) -> int:
@@ -36,12 +38,11 @@ def run(config: AgentConfig) -> int:
 
 async def _remove(config: AgentConfig) -> None:
     keys = schema.Keys(config.etcd.prefix)
-    with closing(Socket()) as netlink:
-        nftables.remove_tables(netlink)
-        with closing(Firewall(ignored=netlink.port)) as firewall:
-            await firewall.remove()
     network = Network(config, State(keys, config.node))
     try:
+        await backend.remove_all(Devices(*network.names, _ANY_MAC))
+        with closing(Firewall(ignored=0)) as firewall:
+            await firewall.remove()
         await network.remove()
     finally:
         await network.close()

@@ -16,6 +16,9 @@ from mesh.model.address import parse_address
 from mesh.model.names import check_name
 from mesh.model.node import Role, split_endpoint
 
+BACKENDS: Final = ("auto", "nftables", "iptables", "iptables-legacy", "iptables-nft")
+"""What may drive the rules; `iptables` is the flavour that the host uses."""
+
 DEFAULT_PATH: Final = Path("/etc/mesh/agent.toml")
 
 
@@ -65,8 +68,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for endpoint in self.endpoints:
             if not _is_address(endpoint):
                 split_endpoint(endpoint)
-        if self.backend not in ("auto", "nftables"):
-            raise ValueError(f"backend {self.backend!r} is not one of auto, nftables")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
         for name in ("overlay_device", "steering_device", "bridge"):
             device = getattr(self, name)
             if not 0 < len(device) < 16 or "/" in device or device != device.strip():

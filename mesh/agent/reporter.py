@@ -16,6 +16,7 @@ from mesh.store import schema
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from mesh.agent.backend import Chosen
     from mesh.store.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,10 @@ _MOST: Final = 50
 class Reporter:
     """Writes the last report that differs from the one before."""
 
-    def __init__(self, store: Store, key: str, backend: str) -> None:
+    def __init__(self, store: Store, key: str, chosen: Chosen) -> None:
         self._store = store
         self._key = key
-        self._backend = backend
+        self._chosen = chosen
         self._wake = asyncio.Event()
         self._revision = 0
 
@@ -75,7 +76,8 @@ class Reporter:
             told = [*told[:_MOST], more]
         return Applied(
             revision=self._revision,
-            backend=self._backend,
+            backend=self._chosen.driver.name,
+            reason=self._chosen.reason,
             version=__version__,
             problems=tuple(told),
         )

@@ -33,6 +33,7 @@ TABLE: Final = "mesh"
 
 _SUBSYSTEM: Final = 10 << 8
 _GETTABLE, _DELTABLE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_GETGEN = _SUBSYSTEM | 16
 _GETCHAIN, _GETRULE = _SUBSYSTEM | 4, _SUBSYSTEM | 7
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSYSTEM | 14
 _KEY, _DATA, _KEY_END = 1, 2, 10
@@ -228,6 +229,12 @@ def chains(socket: Socket, family: int) -> dict[str, bytes]:
             name = parts[3].rstrip(b"\0").decode(errors="replace")
             found[name] = b"".join(parts.get(kind, b"") for kind in (2, 3, 4, 5))
     return found
+
+
+def generation(socket: Socket) -> int:
+    """How many transactions this network namespace has seen, whoever made them (modulo 2^32)."""
+    parts = dict(attributes(socket.ask(Message(_GETGEN, 0, generic(0))), 4))
+    return int.from_bytes(parts[1], "big")
 
 
 def witness(socket: Socket, sets: Sequence[str]) -> int:

@@ -249,6 +249,21 @@ class Socket:
                     return None if interrupted or number else found
                 found.append(answer.body)
 
+    def ask(self, message: Message) -> bytes:
+        """The body of the one answer to a request that is not a dump.  Raises OSError."""
+        self._next(1)
+        size = len(message.body) + HEADER_SIZE
+        header = _HEADER.pack(size, message.kind, message.flags | _REQUEST, self._seq, self.port)
+        self._socket.send(header + message.body)
+        while True:
+            for answer in self._receive():
+                if answer.seq != self._seq:
+                    continue
+                if answer.kind == _ERROR:
+                    number = -struct.unpack_from("=i", answer.body)[0]
+                    raise OSError(number, os.strerror(number))
+                return answer.body
+
     def _receive(self) -> list[Answer]:
         """The messages of one datagram.  A full receive buffer loses answers, not the change."""
         while True:

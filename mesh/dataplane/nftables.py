@@ -79,27 +79,28 @@ class NftablesDriver:
                 _log.info("nftables program=adopted version=%x", self._program.version)
 
     async def _create(self) -> None:
-        await command.run("nft", "-f", "-", input=_RECREATE + self._program.inet)
-        await self._finish("created", frozenset())
+        await self._load(_RECREATE + self._program.inet, "created", frozenset())
 
     async def _replace(self, extra: frozenset[int]) -> None:
         text = _UPGRADE + self._program.inet + program.size_chains(extra) + self._stale(extra)
         try:
-            await command.run("nft", "-f", "-", input=text)
+            await self._load(text, "replaced", extra)
         except CommandFailed as error:
             _log.warning("nftables program=damaged error=%r created anew", str(error))
             await self._create()
-        else:
-            await self._finish("replaced", extra)
 
-    async def _finish(self, how: str, extra: frozenset[int]) -> None:
+    async def _load(self, text: str, how: str, extra: frozenset[int]) -> None:
+        before = nfmessages.generation(self._socket)
+        await command.run("nft", "-f", "-", input=text)
+        transactions = 1
         try:
             await command.run("nft", "-f", "-", input=self._program.bridge)
+            transactions += 1
         except CommandFailed as error:
             text = "nftables table=bridge error=%r replicas on one bridge cannot reach each other"
             _log.warning(text, str(error))
         self._sizes = program.STATIC_SIZES | extra
-        self._write_witness()
+        self._write_witness(before + transactions)
         _log.info("nftables program=%s version=%x", how, self._program.version)
 
     def _stale(self, extra: Iterable[int]) -> str:
@@ -136,10 +137,14 @@ class NftablesDriver:
             return nfmessages.witness(self._socket, _STATIC)
         return None
 
-    def _write_witness(self) -> None:
-        """Write down what the program looks like in the kernel, for `prepare` to compare."""
+    def _write_witness(self, generation: int) -> None:
+        """Write down what the program looks like in the kernel, for `prepare` to compare.
+
+        Not if anybody else changed the ruleset since it was loaded, which was the transaction
+        with that number: what they did would count as ours.
+        """
         key, witness = elements.mark_bytes(2), self._witness()
-        if witness is None:
+        if witness is None or nfmessages.generation(self._socket) != generation:
             return
         chunks = list(nfmessages.additions("fingerprint", [(key, elements.mark_bytes(witness))]))
         if self._loaded().witness is not None:
@@ -188,12 +193,15 @@ class NftablesDriver:
                 self._commit(list(nfmessages.removals(chunk.name, keys)))
 
     async def _add_sizes(self, sizes: frozenset[int]) -> None:
+        before = nfmessages.generation(self._socket)
+        intact = self._loaded().witness == self._witness()
         try:
             await command.run("nft", "-f", "-", input=program.size_chains(sizes))
         except CommandFailed as error:
             raise ApplyFailed(f"pool sizes {sorted(sizes)}: {error}") from error
         self._sizes |= sizes
-        self._write_witness()
+        if intact:
+            self._write_witness(before + 1)
 
     def _commit(self, chunks: list[Chunk]) -> None:
         try:
@@ -243,9 +251,9 @@ async def _readable(descriptor: int) -> None:
         loop.remove_reader(descriptor)
 
 
-def remove_tables(netlink: Socket) -> None:
+def remove_tables(netlink: Socket, families: Iterable[int] = (INET, BRIDGE)) -> None:
     """Delete our tables, if they are there.  Raises HostNotReady."""
-    for family in (INET, BRIDGE):
+    for family in families:
         try:
             netlink.transact([nfmessages.delete_table(family)])
         except Refused as refused:

@@ -19,11 +19,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """The etcd revision a node's kernel has, with what drives it."""
+    """The etcd revision a node's kernel has, with what drives it and why it is that."""
 
     revision: int
     backend: str
     version: str
+    reason: str = ""
     problems: tuple[Problem, ...] = ()
 
 

@@ -65,7 +65,7 @@ async def test_tampered_rules_are_put_right(mesh: Cluster, tampering: str) -> No
     await until(lambda: _has_table(mesh) and mesh.elements("n2", *KINDS) == before, "as before")
 
     async def all_answer() -> bool:
-        outcomes = await ask_all(_asks(mesh))
+        outcomes = await ask_all(_asks(mesh), patience=1.5)
         return all(isinstance(outcome, Answer) for outcome in outcomes)
 
     await until(all_answer, "every way through n2 works again")

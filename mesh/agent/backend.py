@@ -1,0 +1,131 @@
+"""Which rule backend drives this host, and why; and taking off what another one left behind.
+
+`auto` takes nftables where the kernel and the tools have what the program needs, else the flavour
+of iptables that the host already uses.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from mesh.dataplane import command, host, nfmessages, nftables
+from mesh.dataplane.iptables import IptablesDriver
+from mesh.dataplane.nfnetlink import INET, Socket
+from mesh.dataplane.nftables import NftablesDriver
+from mesh.errors import CommandFailed, HostNotReady
+from mesh.model.cluster import Cluster
+from mesh.rules.program import Parameters
+
+if TYPE_CHECKING:
+    from mesh.dataplane.protocol import Driver
+    from mesh.rules.program import Devices
+
+log = logging.getLogger(__name__)
+
+_LEGACY_TABLES: Final = Path("/proc/thread-self/net/ip_tables_names")
+_IP: Final = 2
+
+Flavour = Literal["legacy", "nft"]
+
+
+class Chosen(NamedTuple):
+    """A driver whose program is loaded, and why it is this one."""
+
+    driver: Driver
+    reason: str
+
+
+async def choose(wanted: str, parameters: Parameters) -> Chosen:
+    """Load the program of the backend that `wanted` asks for.  Raises HostNotReady, CommandFailed.
+
+    Only `auto` falls back, and says what was missing.
+    """
+    if wanted in ("auto", "nftables"):
+        driver = None
+        try:
+            host.check_program("nft", "nftables")
+            driver = NftablesDriver(parameters)
+            await driver.prepare()
+        except (CommandFailed, HostNotReady, OSError) as error:
+            if driver is not None:
+                driver.close()
+            if wanted == "nftables":
+                raise
+            log.warning("backend=nftables cannot be used: %s", error)
+            return await _iptables(await _used(), parameters, f"nftables cannot be used: {error}")
+        return Chosen(driver, "configured" if wanted == "nftables" else "this kernel has nftables")
+    if wanted == "iptables":
+        return await _iptables(await _used(), parameters, "configured, in the host's flavour")
+    flavour: Flavour = "legacy" if wanted == "iptables-legacy" else "nft"
+    return await _iptables(flavour, parameters, "configured")
+
+
+async def _iptables(flavour: Flavour, parameters: Parameters, reason: str) -> Chosen:
+    for program, package in ((f"iptables-{flavour}-restore", "iptables"), ("ipset", "ipset")):
+        host.check_program(program, package)
+    driver = IptablesDriver(parameters, flavour)
+    await driver.prepare()
+    return Chosen(driver, reason)
+
+
+async def _used() -> Flavour:
+    """The flavour whose tables exist; on a host without any, what `iptables` stands for."""
+    if _has_legacy():
+        return "legacy"
+    with closing(Socket()) as netlink:
+        if any(family == _IP and name in ("nat", "filter") for family, name in _tables(netlink)):
+            return "nft"
+    return "nft" if "nf_tables" in await command.run("iptables", "--version") else "legacy"
+
+
+async def retire_others(kept: Driver, parameters: Parameters) -> None:
+    """Remove what backends other than `kept` left on this host, once `kept` forwards.
+
+    Both may be there at once: the first to translate a connection settles it.
+    """
+    with closing(Socket()) as netlink:
+        if kept.name != NftablesDriver.name and (INET, nfmessages.TABLE) in _tables(netlink):
+            nftables.remove_tables(netlink, (INET,))
+            log.info("backend=nftables removed, %s forwards", kept.name)
+    for driver in await _iptables_present(parameters):
+        if driver.name != kept.name:
+            await driver.remove()
+            log.info("backend=%s removed, %s forwards", driver.name, kept.name)
+            await kept.prepare()  # they share the bridge table
+
+
+async def remove_all(devices: Devices) -> None:
+    """Take the rules of every backend off this host.  Raises CommandFailed or HostNotReady."""
+    with closing(Socket()) as netlink:
+        nftables.remove_tables(netlink)
+    # The names of chains and sets are the same for every node.
+    anybody = Parameters.of(Cluster(id="any", prefix6="fd00::/48"), 1, devices)
+    for driver in await _iptables_present(anybody):
+        await driver.remove()
+
+
+async def _iptables_present(parameters: Parameters) -> list[IptablesDriver]:
+    """The flavours that have chains of ours."""
+    with closing(Socket()) as netlink:
+        has_nft = (_IP, "mangle") in _tables(netlink)
+    flavours: tuple[tuple[Flavour, bool], ...] = (("legacy", _has_legacy()), ("nft", has_nft))
+    drivers = [IptablesDriver(parameters, flavour) for flavour, used in flavours if used]
+    return [driver for driver in drivers if await driver.exists()]
+
+
+def _has_legacy() -> bool:
+    """Looks only: to ask iptables-legacy for a table would create it."""
+    try:
+        return bool(_LEGACY_TABLES.read_text(encoding="ascii").split())
+    except OSError:
+        return False
+
+
+def _tables(netlink: Socket) -> list[tuple[int, str]]:
+    try:
+        return nfmessages.tables(netlink)
+    except OSError:  # a kernel without nf_tables
+        return []
