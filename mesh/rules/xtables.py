@@ -13,6 +13,7 @@ from string import Template
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.address import FAMILIES, Family
+from mesh.rules import marks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +38,9 @@ ROOTS: Final = {"raw": ("MESH-ZONES", "MESH-PEERS"), "nat": ("MESH-POOLS",)}
 OWN: Final = re.compile(r"MESH-(?:[PH]-[0-9a-f-]+|T-[0-9]+-[0-9a-f]+)")
 """Names of chains that come and go with elements."""
 
-_DRAW: Final = "--hmark-tuple src --hmark-mod 1023 --hmark-offset 1 --hmark-rnd 0x6d657368"
+DRAWS: Final = marks.MAX_SLOTS
+DRAW_SEED: Final = 0x6D657368
+_DRAW: Final = f"--hmark-tuple src --hmark-mod {DRAWS} --hmark-offset 1 --hmark-rnd 0x{DRAW_SEED:x}"
 """1 to 1023 by client address, the same on every node with iptables.  nftables hashes otherwise."""
 
 _TARGET: Final = re.compile(r"-[jg] (MESH-\S+)")

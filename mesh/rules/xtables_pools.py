@@ -9,13 +9,15 @@ A rule's comment says which slots of which mark it is, "10c03:0-2"; without one 
 from __future__ import annotations
 
 import re
+import struct
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import pairwise
+from operator import xor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
-from mesh.rules import elements, ipsets, marks
+from mesh.rules import elements, ipsets, jhash, marks, xtables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -245,6 +247,17 @@ def _runs(slots: Slots) -> Iterator[tuple[int, int, bytes]]:
         first = last = slot
     if first >= 0:
         yield first, last, slots[first]
+
+
+def slot_of(source: str, mark: int) -> int:
+    """Which slot of a client-affine pool a client gets: HMARK's arithmetic (net/netfilter/
+    xt_HMARK.c), then the chains'.  Another one than nftables gives.
+    """
+    words = struct.unpack(f">{len(address.packed(source)) // 4}I", address.packed(source))
+    key = struct.pack("<3I", 0, reduce(xor, words), 0)
+    draw = 1 + (jhash.jhash(key, xtables.DRAW_SEED) * xtables.DRAWS >> 32)
+    grid = _grid(mark)
+    return grid.slot(0, draw >> grid.low)
 
 
 class _Grid(NamedTuple):

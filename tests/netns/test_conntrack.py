@@ -21,7 +21,7 @@ from mesh.model.publish import Protocol
 from mesh.rules import marks, nft, stale
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.stale import Stale
-from tests.support import rules
+from tests.support import drivers, rules
 from tests.support.echo import REFUSED, SILENCE
 from tests.support.namespaces import run
 from tests.support.onenode import ADDRESSES, SERVER_PORT, OneNode, one_node
@@ -131,9 +131,9 @@ class World:
         self.one.node.run(forget())
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[OneNode]:
-    with one_node() as made:
+@pytest.fixture(scope="module", params=drivers.KERNEL)
+def node(request: pytest.FixtureRequest) -> Iterator[OneNode]:
+    with one_node(request.param) as made:
         yield made
 
 

@@ -15,7 +15,7 @@ from mesh.model import address as parsed
 from mesh.model.address import FAMILIES, Family, nth
 from mesh.model.publish import Protocol
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
-from tests.support import rules
+from tests.support import drivers, rules
 from tests.support.onenode import ADDRESSES, OneNode, one_node
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ class Connection:
             return False
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[OneNode]:
+@pytest.fixture(scope="module", params=drivers.KERNEL)
+def world(request: pytest.FixtureRequest) -> Iterator[OneNode]:
     frontends = [Frontend(Scope.INGRESS, None, Protocol.TCP, PUBLISHED)]
     frontends += (Frontend(Scope.VIP, vip, Protocol.TCP, 80) for vip in VIPS)
     backends = tuple(Backend(a, SERVER_PORT) for a in ADDRESSES[SERVER])
-    with one_node() as made:
+    with one_node(request.param) as made:
         made.publish([Forwarding("web", tuple(frontends), backends)])
         yield made
 

@@ -12,15 +12,16 @@ from mesh.dataplane.iptables import IptablesDriver
 from mesh.dataplane.xtwatch import XtablesWatch
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed
+from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
-from mesh.rules import elements, nft, xtables
+from mesh.rules import elements, nft, xtables, xtables_pools
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from tests.support import rules
 from tests.support.echo import ask
-from tests.support.onenode import ADDRESSES, SERVER_PORT, OneNode, one_node
+from tests.support.onenode import ADDRESSES, CONTAINERS, CROWD, SERVER_PORT, OneNode, one_node
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.netns
 FLAVOURS: Final[tuple[Flavour, ...]] = ("legacy", "nft")
 PROGRAMS: Final = ("iptables", "ip6tables")
 PUBLISHED: Final = 30080
+AFFINE: Final = 30081
 
 
 def sh(*words: str) -> str:
@@ -210,8 +212,11 @@ async def test_one_flavour_goes_and_the_other_stays_whole(flavour: Flavour) -> N
 def world(request: pytest.FixtureRequest) -> Iterator[OneNode]:
     frontends = tuple(Frontend(Scope.INGRESS, None, p, PUBLISHED) for p in Protocol)
     pool = tuple(Backend(a, SERVER_PORT) for a in ADDRESSES["c1"])
+    here = (Frontend(Scope.INGRESS, None, Protocol.UDP, AFFINE),)
+    both = tuple(Backend(a, SERVER_PORT) for name in CONTAINERS for a in ADDRESSES[name])
     with one_node(f"iptables-{request.param}") as made:
-        made.publish([Forwarding("web", frontends, pool)])
+        affine = Forwarding("affine", here, both, Affinity.CLIENT_IP)
+        made.publish([Forwarding("web", frontends, pool), affine])
         yield made
 
 
@@ -249,3 +254,22 @@ def test_other_peoples_packet_marks_are_kept(world: OneNode, family: Family) -> 
     finally:
         for rule in (mark.replace("-I PREROUTING 1", "-D PREROUTING"), check.replace("-A", "-D")):
             world.node.sh(program, *rule.split())
+
+
+@BOTH
+def test_a_client_has_the_same_replica_on_every_node(world: OneNode, family: Family) -> None:
+    index, end = FAMILIES.index(family), family.suffix
+    held = world.node.run(world.driver.read())
+    key = elements.proto_bytes(Protocol.UDP.number) + elements.port_bytes(AFFINE)
+    mark = held[f"meshports{end}", key]
+    names = {address.packed(ADDRESSES[name][index]): name for name in CONTAINERS}
+    told, real = {}, {}
+
+    for source in (pair[index] for pair in CROWD):
+        slot = xtables_pools.slot_of(source, elements.mark_of(mark))
+        target = held[f"targets{end}", mark + elements.mark_bytes(slot)]
+        told[source] = f"{names[target[:-4]]} {source}"
+        there = ADDRESSES["node"][index]
+        real[source] = ask("client", Protocol.UDP, there, AFFINE, source=source)
+
+    assert told == real
