@@ -35,6 +35,15 @@ async def _furnish(mesh: Cluster) -> None:
     await mesh.allocated("web")
 
 
+@pytest.fixture(scope="module")
+def whole(mesh: Cluster) -> dict[str, str]:
+    return mesh.elements("n2", *KINDS)
+
+
+async def _intact(mesh: Cluster, whole: dict[str, str]) -> None:
+    await until(lambda: _has_table(mesh) and mesh.elements("n2", *KINDS) == whole, "as before")
+
+
 def _asks(mesh: Cluster) -> list[Ask]:
     return mesh.from_outside(WEB, "n2")
 
@@ -58,11 +67,13 @@ def _has_table(mesh: Cluster) -> bool:
         "insert rule inet mesh forward drop",
     ],
 )
-async def test_tampered_rules_are_put_right(mesh: Cluster, tampering: str) -> None:
-    before = mesh.elements("n2", *KINDS)
+async def test_tampered_rules_are_put_right(
+    mesh: Cluster, whole: dict[str, str], tampering: str
+) -> None:
+    await _intact(mesh, whole)
 
     mesh.sh("n2", "nft", tampering)
-    await until(lambda: _has_table(mesh) and mesh.elements("n2", *KINDS) == before, "as before")
+    await _intact(mesh, whole)
 
     async def all_answer() -> bool:
         outcomes = await ask_all(_asks(mesh), patience=1.5)
@@ -71,12 +82,12 @@ async def test_tampered_rules_are_put_right(mesh: Cluster, tampering: str) -> No
     await until(all_answer, "every way through n2 works again")
 
 
-async def test_other_peoples_tables_are_left_alone(mesh: Cluster) -> None:
+async def test_other_peoples_tables_are_left_alone(mesh: Cluster, whole: dict[str, str]) -> None:
     mesh.sh("n2", "nft", "add table inet other; add chain inet other mine; "
             "add rule inet other mine counter")  # fmt: skip
     theirs = mesh.sh("n2", "nft", "list", "table", "inet", "other")
 
     mesh.sh("n2", "nft", "delete table inet mesh")
-    await until(lambda: _has_table(mesh), "our table is back")
+    await _intact(mesh, whole)
 
     assert mesh.sh("n2", "nft", "list", "table", "inet", "other") == theirs
