@@ -42,8 +42,6 @@ _LOCK_SECONDS: Final = "20"
 _POLL_SECONDS: Final = 0.3
 _DOUBT_SECONDS: Final = 10.0
 
-_NO_BRIDGE_TABLE: Final = "table bridge mesh\ndelete table bridge mesh\n"
-
 _NO_BRIDGE: Final = (
     "replicas on this node cannot reach each other through a service: nft is needed for it"
 )
@@ -89,10 +87,9 @@ class IptablesDriver:
             found = await self._find()
             stale = [family for family in FAMILIES if not self._is_intact(family, found)]
             await _together(self._load(family, found) for family in stale)
-            if stale:
-                await self._load_bridge()
-            else:
+            if not stale:
                 await _together(self._hook(family, found) for family in FAMILIES)
+            await self._load_bridge()
             self._image = found.image
             self._settle()
             how = "loaded" if stale else "adopted"
@@ -192,7 +189,10 @@ class IptablesDriver:
         return ":MESH-" in saved
 
     async def remove(self) -> None:
-        """Delete our chains, sets and bridge table, and nobody else's."""
+        """Delete our chains, sets and bridge table, and nobody else's.
+
+        What another backend of the mesh uses as well stays.
+        """
         async with self._lock:
             self._image = None
             found = await self._find()
@@ -201,10 +201,8 @@ class IptablesDriver:
                 await self._ipset([f"destroy {name}\n" for name in ipsets.by_use(found.sets)])
             except CommandFailed as error:
                 _log.info("iptables sets stay, the other flavour uses them: %s", error)
-            try:
-                await command.run("nft", "-f", "-", input=_NO_BRIDGE_TABLE)
-            except CommandFailed as error:
-                _log.info("iptables bridge table stays: %s", error)
+            else:
+                await self._unload_bridge()
 
     def close(self) -> None:
         """Stop looking; the kernel keeps forwarding."""
@@ -298,6 +296,15 @@ class IptablesDriver:
             self._problems = (Problem(about="iptables", message=f"{_NO_BRIDGE} ({error})"),)
         else:
             self._problems = ()
+
+    async def _unload_bridge(self) -> None:
+        """Not while the nftables program is there: it needs the same table."""
+        try:
+            tables = (await command.run("nft", "list", "tables")).splitlines()
+            if "table bridge mesh" in tables and "table inet mesh" not in tables:
+                await command.run("nft", "delete", "table", "bridge", "mesh")
+        except CommandFailed as error:
+            _log.warning("iptables table=bridge stays: %s", error)
 
     async def _restore(self, family: Family, text: str) -> None:
         if text:

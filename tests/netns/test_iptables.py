@@ -202,6 +202,7 @@ async def test_one_flavour_goes_and_the_other_stays_whole(flavour: Flavour) -> N
 
     assert await new.read() == lowered()
     assert not await new.damaged()
+    assert "table bridge mesh" in sh("nft", "list", "tables")
     assert not any("MESH" in f"{tables}" for tables in chains(other).values())
 
 
