@@ -1,7 +1,7 @@
-"""Forgets UDP flows that nothing serves any more: after the rules changed, and off their path.
+"""Forgets flows that nothing serves any more: after the rules changed, and off their path.
 
 Owns the queue between the two.  What is stale is decided in mesh.rules.stale, from the ledger as it
-is when the flows are looked at; never touches TCP, which drains.
+is when the flows are looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.errors import ApplyFailed
 from mesh.model.report import Problem
-from mesh.rules import marks, stale
+from mesh.rules import elements, marks, stale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
     from mesh.rules.elements import Elements
 
+    Held = Callable[[int], Elements]
+
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
+
+_LOOK_SECONDS: Final = 1.0
+"""Between two looks for stranded connections: each walks the whole table, some 30 ms."""
 
 
 class Flows:
@@ -33,6 +38,7 @@ class Flows:
         self._conntrack = conntrack
         self._written: list[ElementDelta] = []
         self._doubted = True  # the agent before this one may have been killed too early
+        self._shrunk = asyncio.Event()
         self._wake = asyncio.Event()
         self.problems: tuple[Problem, ...] = ()
 
@@ -40,29 +46,32 @@ class Flows:
         """The kernel has this change now."""
         self._written.append(delta)
         self._wake.set()
+        if any(name in elements.TARGETS for name, _ in delta.remove):
+            self._shrunk.set()
 
-    def doubt(self) -> None:
-        """What was written is not known in detail: look at every flow of ours."""
-        self._doubted = True
+    async def run(self, held: Held, held_udp: Held) -> None:
+        """Forget for ever.  `held` and `held_udp` give the elements of a frontend id."""
         self._wake.set()
+        self._shrunk.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_pinned(held_udp))
+            tasks.create_task(self._keep_stranded(held))
 
-    async def run(self, held: Callable[[int], Elements]) -> None:
-        """Forget for ever.  `held` gives the elements of a frontend id that serves UDP."""
-        self._wake.set()
+    async def _keep_pinned(self, held: Held) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             try:
                 await self._forget(held)
             except ApplyFailed as error:
-                log.warning("flows not forgotten, trying again: %s", error)
-                self.problems = (Problem(about="conntrack", message=str(error)),)
-                self.doubt()
+                self._tell(error)
+                self._doubted = True
+                self._wake.set()
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 self.problems = ()
 
-    async def _forget(self, held: Callable[[int], Elements]) -> None:
+    async def _forget(self, held: Held) -> None:
         deltas, self._written = self._written, []
         await self._conntrack.forget(
             [each for delta in deltas for each in stale.after(delta, held)]
@@ -71,6 +80,23 @@ class Flows:
             self._doubted = False
             flows = await self._conntrack.udp_flows(marks.OURS, marks.OURS | marks.VIA)
             await self._conntrack.delete(stale.among(flows, held))
+
+    async def _keep_stranded(self, held: Held) -> None:
+        """Give connections to a backend that left without an answer another try."""
+        while True:
+            await self._shrunk.wait()
+            self._shrunk.clear()
+            try:
+                flows = await self._conntrack.unanswered()
+                await self._conntrack.delete(stale.stranded(flows, held))
+            except ApplyFailed as error:
+                self._tell(error)
+                self._shrunk.set()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _tell(self, error: ApplyFailed) -> None:
+        log.warning("flows not forgotten, trying again: %s", error)
+        self.problems = (Problem(about="conntrack", message=str(error)),)
 
     def close(self) -> None:
         """Release the socket."""

@@ -99,12 +99,17 @@ class Reconciler:
                 await self._apply(delta)
             return len(delta)
 
-    def serving(self, number: int) -> Elements:
-        """The elements of a frontend id, if it serves UDP; for mesh.rules.stale."""
+    def held(self, number: int) -> Elements:
+        """The elements of the service that has a frontend id; for mesh.rules.stale."""
+        key = self._ids.key(number)
+        return self._ledger.held_by(key.partition("/")[0]) if key is not None else {}
+
+    def held_udp(self, number: int) -> Elements:
+        """The same, of pools that serve UDP only: spares a look at all others."""
         key = self._ids.key(number)
         if key is None or key.split("/")[2] != Protocol.UDP.value:
             return {}
-        return self._ledger.held_by(key.partition("/")[0])
+        return self.held(number)
 
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, and why."""

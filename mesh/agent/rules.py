@@ -65,7 +65,9 @@ class Rules:
         """Start everything that goes on besides."""
         tasks.create_task(self._keep_healed(), name="healer")
         tasks.create_task(self._keep_accepted(), name="firewall")
-        tasks.create_task(self._flows.run(self._reconciler.serving), name="flows")
+        tasks.create_task(
+            self._flows.run(self._reconciler.held, self._reconciler.held_udp), name="flows"
+        )
 
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, is in the way, or could not be forgotten."""

@@ -31,6 +31,7 @@ _ZONE, _MARK_MASK, _FILTER, _STATUS_MASK = 18, 21, 25, 26
 _ADDRESSES, _PORTS = 1, 2
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _BY_NUMBER, _BY_DESTINATION_PORT = 8, 32
+_ANSWERED: Final = 0x02  # IPS_SEEN_REPLY
 _ANSWERED_OR_TRANSLATED: Final = 0x32  # IPS_SEEN_REPLY, IPS_SRC_NAT, IPS_DST_NAT
 _TOUCHED: Final = _ANSWERED_OR_TRANSLATED.to_bytes(4, "big")
 
@@ -69,6 +70,16 @@ class Conntrack:
         """The same of UDP only, which the kernel picks itself."""
         async with self._lock:
             return await asyncio.to_thread(self._read_udp, [Stale(mark, mask)])
+
+    async def unanswered(self) -> list[Flow]:
+        """Flows of ours, translated here, to which nothing ever came back."""
+        asked = _marked(Stale(marks.OURS, marks.OURS | marks.VIA))
+        asked += attribute(_STATUS, bytes(4)) + attribute(
+            _STATUS_MASK, _ANSWERED.to_bytes(4, "big")
+        )
+        async with self._lock:
+            found = await asyncio.to_thread(self._read, asked)
+        return [flow for flow in found if not flow.answered]  # kernels before 5.19 send all
 
     async def delete(self, flows: Iterable[Flow]) -> None:
         """Delete these very flows; that one is gone already is no error.  Raises ApplyFailed."""
@@ -197,6 +208,7 @@ def _parsed(bodies: Iterable[bytes]) -> Iterator[Flow]:
             backend=answers[1],
             bare=not status & _ANSWERED_OR_TRANSLATED,
             handle=handle,
+            answered=bool(status & _ANSWERED),
         )
 
 

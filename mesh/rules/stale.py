@@ -3,7 +3,8 @@ nothing serves them any more.  Pure.
 
 A UDP flow is as long as its client keeps sending, and is translated as its first packet was.  So it
 stays with a backend that left the pool, with a port that is published no longer, or, where it
-began before the port was published, with nobody.  TCP connections are left alone: they drain.
+began before the port was published, with nobody.  TCP connections are left alone, they drain; but
+for those that were never answered, and never will be.
 
 Only the node that translates a flow has to forget it.  Behind another node (VIA) the replica's node
 sees client and replica as they are; nothing is pinned there.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Endpoint = tuple[bytes, int]
 """An address in network byte order, empty for any, and a port."""
 
+_TCP: Final = Protocol.TCP.number
 _UDP: Final = Protocol.UDP.number
 _UNTRANSLATED: Final = 0xFFFFFFFF & ~(marks.OURS | marks.STAY)
 """What is zero in the mark of a flow that no frontend took: 0, or 0x90000 from a container."""
@@ -42,6 +44,8 @@ class Flow(NamedTuple):
     """Neither answered nor translated."""
     handle: bytes
     """What tells the kernel which entry this is.  Hardly ever does a later one have the same."""
+    answered: bool = True
+    """Whether anything ever came back."""
 
 
 class Stale(NamedTuple):
@@ -94,6 +98,23 @@ def among(flows: Iterable[Flow], held: Callable[[int], Elements]) -> Iterator[Fl
         anywhere = (b"", flow.destination[1])
         published = flow.destination in now.frontends or anywhere in now.frontends
         if not published or flow.backend not in now.backends:
+            yield flow
+
+
+def stranded(flows: Iterable[Flow], held: Callable[[int], Elements]) -> Iterator[Flow]:
+    """TCP connections that were never answered, by a backend that left: they cannot drain.
+
+    Forgotten, the next SYN of the same client goes to a backend that is there.  Kept, it would
+    wait for nobody as long as the entry does: two minutes (nf_conntrack_tcp_timeout_syn_sent).
+    """
+    known: dict[int, frozenset[Endpoint]] = {}
+    for flow in flows:
+        bits = flow.mark & marks.ID_MASK
+        if flow.answered or flow.protocol != _TCP or not bits:
+            continue
+        if bits not in known:
+            known[bits] = _served(held(marks.parse(bits).id), bits).backends
+        if flow.backend not in known[bits]:
             yield flow
 
 
