@@ -43,7 +43,8 @@ class Rules:
     def __init__(self, state: State, chosen: Chosen, told: Callable[[], None]) -> None:
         self._driver = chosen.driver
         self._flows = Flows(Conntrack())
-        self._firewall = Firewall(ignored=chosen.driver.port)
+        flavour = chosen.driver.name.removeprefix("iptables-")
+        self._firewall = Firewall(ignored=chosen.driver.port, own=flavour)
         self._refused: tuple[Problem, ...] = ()
         self._reconciler = Reconciler(state, self._driver, self._flows.written)
         self._told = told

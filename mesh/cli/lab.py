@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from mesh.agent.config import BACKENDS
 from mesh.cli import lab_demo, options, output
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ _NAME: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
 @_NAME
 @click.option("--nodes", type=click.IntRange(1, 50), default=3, show_default=True)
 @click.option("--keep", is_flag=True, help="Only `mesh lab down` ends it.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="What drives rules.")
 @click.option("--foreground", is_flag=True, help="Stay; Ctrl-C or any end of the caller ends it.")
-def up(name: str, nodes: int, keep: bool, foreground: bool) -> None:
+def up(name: str, nodes: int, keep: bool, foreground: bool, backend: str) -> None:
     """Start a lab and wait until all of its nodes forward.
 
     It ends with `mesh lab down`, and when a process above this one is killed by a signal: its
@@ -54,7 +56,7 @@ def up(name: str, nodes: int, keep: bool, foreground: bool) -> None:
     from mesh.lab import ancestry, client
 
     watched = [] if keep else ancestry.above(any_end_of_caller=foreground)
-    own = client.launch(name, nodes, watched)
+    own = client.launch(name, nodes, watched, backend)
     options.exit_with(_run(_stay(own) if foreground else _leave(own)))
 
 

@@ -68,9 +68,14 @@ def change(listed: str) -> str:
 
 
 class Firewall:
-    """Keeps our line in place; `ignored` is the port id of the socket whose changes are ours."""
+    """Keeps our line in place.
 
-    def __init__(self, ignored: int) -> None:
+    `ignored` is the port id of the socket whose changes are ours; `own` the flavour of iptables
+    that drives our rules, which accept by themselves there.
+    """
+
+    def __init__(self, ignored: int, own: str = "") -> None:
+        self._own = own
         self._socket = Socket()
         self._watch = Watch(ignored=ignored)
         self._seen: set[Table] = set()
@@ -79,7 +84,7 @@ class Firewall:
         """One pass over the tables in use; what could not be done, and which chain drops."""
         changed = self._changed()
         problems = []
-        in_use = set(self._in_use())
+        in_use = {table for table in self._in_use() if table.flavour != self._own}
         for table in in_use:
             if table.flavour == "legacy" or changed or table not in self._seen:
                 try:

@@ -248,12 +248,12 @@ class OwnLab(Lab):
 
 
 @asynccontextmanager
-async def lab(name: str, nodes: int) -> AsyncIterator[OwnLab]:
+async def lab(name: str, nodes: int, backend: str = "auto") -> AsyncIterator[OwnLab]:
     """A lab for the time of a block: ready when it begins, gone when it has ended.
 
     Raises HostNotReady (tools, rights), Conflict (name), MeshError (not ready in time).
     """
-    own = launch(name, nodes, ())
+    own = launch(name, nodes, (), backend)
     try:
         await own.built()
         await own.form()
@@ -262,7 +262,7 @@ async def lab(name: str, nodes: int) -> AsyncIterator[OwnLab]:
         await own.end()
 
 
-def launch(name: str, nodes: int, watched: Sequence[Watched]) -> OwnLab:
+def launch(name: str, nodes: int, watched: Sequence[Watched], backend: str = "auto") -> OwnLab:
     """Start building a lab, which ends with this process, or when a `watched` one is killed.
 
     Raises BadUsage, HostNotReady (tools missing) or Conflict (the name is taken).
@@ -281,7 +281,7 @@ def launch(name: str, nodes: int, watched: Sequence[Watched]) -> OwnLab:
         theirs, ours = os.pipe()
         plan = wire.Plan(
             name=name, nodes=nodes, watched=tuple(watched), control=door.fileno(),
-            relay=relay.fileno(), lifeline=theirs,
+            relay=relay.fileno(), lifeline=theirs, backend=backend,
         )  # fmt: skip
         guard = _start_guard(plan, ours_to_hold)
         os.close(theirs)

@@ -155,7 +155,8 @@ def _become_first(plan: Plan, channel: socket.socket, guard: int) -> NoReturn:
         os.set_inheritable(descriptor, True)
     for descriptor in (plan.control, plan.lifeline, *(w.descriptor for w in plan.watched)):
         os.set_inheritable(descriptor, False)
-    arguments = (plan.name, str(plan.nodes), str(channel.fileno()), str(plan.relay), str(guard))
+    descriptors = (str(channel.fileno()), str(plan.relay))
+    arguments = (plan.name, str(plan.nodes), plan.backend, *descriptors, str(guard))
     os.execv(sys.executable, (sys.executable, "-m", "mesh.lab.init", *arguments))
 
 

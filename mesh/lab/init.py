@@ -27,8 +27,8 @@ _CHUNK: Final = 1 << 16
 
 
 def main() -> None:
-    """`init NAME NODES CHANNEL RELAY GUARD`: descriptors, and the guard's process number."""
-    name, nodes, channel, relay, guard = sys.argv[1:]
+    """`init NAME NODES BACKEND CHANNEL RELAY GUARD`: descriptors, and the guard's number."""
+    name, nodes, backend, channel, relay, guard = sys.argv[1:]
     host = machines.Host(os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     # Neither signal's default or Python's way of dying suits a process that is a machine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -37,7 +37,7 @@ def main() -> None:
         listener = socket.socket(fileno=int(relay))
         port = listener.getsockname()[1]
         world = World(name, f"http://127.0.0.1:{port}", int(guard), host)
-        world.build(topology.machines(int(nodes)))
+        world.build(topology.machines(int(nodes)), backend)
         asyncio.run(_serve(world, socket.socket(fileno=int(channel)), listener))
     except errors.MeshError as error:
         sys.stderr.write(f"{error}\n")

@@ -93,6 +93,7 @@ class Plan(_Wire, frozen=True):
     control: int
     relay: int
     lifeline: int
+    backend: str = "auto"
 
 
 class Request(_Wire, frozen=True, tag_field="verb", tag=str.lower):

@@ -87,7 +87,7 @@ class World:
         self._networks: dict[str, wire.Network] = {}
         self._etcd: Process | None = None
 
-    def build(self, planned: tuple[Machine, ...]) -> None:
+    def build(self, planned: tuple[Machine, ...], backend: str) -> None:
         """Make every machine and its link.  Raises CommandFailed or OSError."""
         for machine in planned:
             self._machines[machine.name] = machine
@@ -95,7 +95,7 @@ class World:
         for machine in planned:
             machines.connect(machine, self._pids())
             if machine.kind is Kind.NODE:
-                self._write_config(machine)
+                self._write_config(machine, backend)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Hear of every process that ends: the first process of a lab inherits all orphans."""
@@ -225,7 +225,7 @@ class World:
             pid=pid,
         )
 
-    def _write_config(self, machine: Machine) -> None:
+    def _write_config(self, machine: Machine, backend: str) -> None:
         first = machine.number - topology.FIRST_NODE
         settings = config.AgentConfig(
             node=machine.name,
@@ -233,6 +233,7 @@ class World:
             etcd=config.EtcdConfig(endpoints=(f"http://{topology.ETCD}:{topology.ETCD_PORT}",)),
             state_dir=str(environment.HOME / "state"),
             endpoints=machine.addresses,
+            backend=backend,
         )
         (environment.HOME / machine.name / environment.CONFIG.name).write_text(
             config.dump(settings)
