@@ -243,6 +243,10 @@ class Picture:
         self.flaws.pop(item.key, None)
         if cluster == self.cluster:
             return
+        if self.cluster is not None and cluster.plan != self.cluster.plan:
+            # Agents hold what is in force then, and would follow what is allocated anew.
+            self.flaws[item.key] = "other addresses or ports than before: start every agent again"
+            return
         self.cluster = cluster
         self.exhausted.clear()
         for owner in (*self.claimants, *self.held, *self.statuses):
