@@ -158,9 +158,9 @@ class Image:
         after = set(ipsets.sets_of(self._wanted_sets(delta, after=True)))
         created, destroyed = sorted(after - before), sorted(before - after)
         stages = [
-            _lists(created, delta),
+            _first_entries(delta, created),
             self._write(early),
-            _entries(delta, destroyed, new=set(created)),
+            _last_entries(delta, destroyed),
             self._write(Delta(late, {})),
             [Step(None, "".join(f"destroy {name}\n" for name in destroyed), "")],
         ]
@@ -241,37 +241,49 @@ def _restore(before: Mapping[str, Chains], after: Mapping[str, Chains]) -> str:
     return "".join(xtables.restore(table, change) for table, change in changes)
 
 
-def _lists(created: Iterable[str], delta: ElementDelta) -> Stage:
-    """Allow lists come whole before the rules that look into them."""
-    names = list(created)
-    text = [ipsets.create_allow(name) for name in names]
-    for key in delta.add:
-        if key[0].startswith("allow") and ipsets.allow_of(key) in names:
-            text += ipsets.additions(key, b"")
-    return [Step(None, _joined(text), "".join(f"destroy {name}\n" for name in names))]
+def _first_entries(delta: ElementDelta, created: list[str]) -> Stage:
+    """What is new in the sets that rules for a pool's flows look into: before the pool is there.
+
+    A replica that reaches itself before it is in `hairpin` would never get an answer.
+    """
+    new = {k: v for k, v in delta.add.items() if _in_sets(k) and k[0] not in elements.FRONTENDS}
+    text = [ipsets.create_allow(name) for name in created]
+    text += [line for key, data in new.items() for line in ipsets.additions(key, data)]
+    undo = [
+        line
+        for key in new
+        if not (key[0].startswith("allow") and ipsets.allow_of(key) in created)
+        for line in ipsets.removals(key)
+    ]
+    undo += [f"destroy {name}" for name in created]
+    return [Step(None, _joined(text), _joined(undo))]
 
 
-def _entries(delta: ElementDelta, destroyed: Iterable[str], new: set[str]) -> Stage:
-    """What changes in sets that stay: first what is new, then what goes."""
-    skipped = new | set(destroyed)
+def _last_entries(delta: ElementDelta, destroyed: list[str]) -> Stage:
+    """Frontends, once their pools are there; and what goes."""
+    text = [
+        line
+        for key, data in delta.add.items()
+        if key[0] in elements.FRONTENDS
+        for line in ipsets.additions(key, data)
+    ]
+    undo = [
+        line
+        for key in delta.add.keys() - delta.remove.keys()
+        if key[0] in elements.FRONTENDS
+        for line in ipsets.removals(key)
+    ]
+    for key, data in delta.remove.items():
+        if not _in_sets(key) or (key[0].startswith("allow") and ipsets.allow_of(key) in destroyed):
+            continue
+        undo += ipsets.additions(key, data)
+        if key not in delta.add:
+            text += ipsets.removals(key)
+    return [Step(None, _joined(text), _joined(undo))]
 
-    def commands(change: ElementDelta) -> str:
-        lines: list[str] = []
-        for key, data in change.add.items():
-            if _in_sets(key, skipped):
-                lines += ipsets.additions(key, data)
-        for key in change.remove:
-            if key not in change.add and _in_sets(key, skipped):
-                lines += ipsets.removals(key)
-        return _joined(lines)
 
-    return [Step(None, commands(delta), commands(Delta(delta.add, delta.remove)))]
-
-
-def _in_sets(key: ElementKey, skipped: set[str]) -> bool:
-    if key[0].startswith("allow"):
-        return ipsets.allow_of(key) not in skipped
-    return key[0] in ipsets.KEPT
+def _in_sets(key: ElementKey) -> bool:
+    return key[0].startswith("allow") or key[0] in ipsets.KEPT
 
 
 def _joined(lines: Iterable[str]) -> str:

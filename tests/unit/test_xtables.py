@@ -210,6 +210,18 @@ def test_a_pool_comes_before_its_frontends_and_goes_after_them() -> None:
     assert "-X MESH-P-00001" in pool_gone
 
 
+def test_a_replica_may_reach_itself_before_it_is_in_a_pool() -> None:
+    web = lowered(service(1, {"10.0.1.2": 1})) | nft.lower_hairpins(["10.0.1.2"])
+
+    hairpin, pool, _ = steps({}, web)
+    *_, hairpin_gone, pool_gone = steps(web, {})
+
+    assert "add mesh-hairpin4" in hairpin
+    assert ":MESH-P-00001" in pool
+    assert "del mesh-hairpin4" in hairpin_gone
+    assert "-X MESH-P-00001" in pool_gone
+
+
 def test_a_swapped_replica_is_one_chain_and_nothing_else() -> None:
     ids = Ids()
     many = [service(n, {"10.0.1.2": 1, "10.0.1.3": 1}) for n in range(1, 50)]
