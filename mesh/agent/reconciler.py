@@ -15,7 +15,7 @@ from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
-from mesh.rules import elements, nft
+from mesh.rules import elements, nft, stale
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
@@ -49,6 +49,7 @@ class Reconciler:
         self._written = written
         self._ids = Ids()
         self._ledger = Ledger()
+        self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
         self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
         self._writing = asyncio.Lock()
@@ -100,9 +101,17 @@ class Reconciler:
             return len(delta)
 
     def held(self, number: int) -> Elements:
-        """The elements of the service that has a frontend id; for mesh.rules.stale."""
+        """The elements that have a frontend id; for mesh.rules.stale.
+
+        Those of the last service are kept at hand: it may have a thousand ids.
+        """
         key = self._ids.key(number)
-        return self._ledger.held_by(key.partition("/")[0]) if key is not None else {}
+        if key is None:
+            return {}
+        owner = key.partition("/")[0]
+        if self._looked_at[0] != owner:
+            self._looked_at = owner, stale.by_id(self._ledger.held_by(owner))
+        return self._looked_at[1].get(number, {})
 
     def held_udp(self, number: int) -> Elements:
         """The same, of pools that serve UDP only: spares a look at all others."""
@@ -119,6 +128,7 @@ class Reconciler:
             yield Problem(about=f"service {owner}", message=f"{shown} belongs to {winner}")
 
     def _stage(self, services: Iterable[str], *, nodes: bool) -> ElementDelta:
+        self._looked_at = ("", {})
         wanted = {name: self._lower(name) for name in services}
         if nodes:
             wanted[_NODES] = planner.lower_nodes(self._state.peers(), self._state.node)

@@ -32,6 +32,7 @@ class Ledger:
         self._packed: dict[str, bytes] = {}
         self._shares: dict[bytes, int] = {}
         self._claims: dict[bytes, str | list[str]] = {}
+        self._unpacked: tuple[str, Elements] = ("", {})
 
     def stage(self, wanted: Mapping[str, Elements]) -> Delta[ElementKey, bytes]:
         """Replace what these owners want; the change to the kernel that follows from it."""
@@ -73,13 +74,15 @@ class Ledger:
 
     def refused(self) -> Iterable[tuple[str, ElementKey, str]]:
         """Every (owner, element, the owner who has it) of different values wanted at once."""
-        for short, claim in self._claims.items():
-            if isinstance(claim, list):
-                key = _long(short)
-                winner = min(claim)
-                for owner in claim:
-                    if self._wishes(owner)[key] != self._wishes(winner)[key]:
-                        yield owner, key, winner
+        claims = self._claims.items()
+        contested = {_long(short): claim for short, claim in claims if isinstance(claim, list)}
+        owners = {owner for claim in contested.values() for owner in claim}
+        wishes = {owner: self._wishes(owner) for owner in owners}
+        for key, claim in contested.items():
+            winner = min(claim)
+            for owner in claim:
+                if wishes[owner][key] != wishes[winner][key]:
+                    yield owner, key, winner
 
     def _effective(self, key: ElementKey) -> bytes | None:
         """What the kernel is to hold of a shared element or a frontend; None: nothing."""
@@ -91,8 +94,11 @@ class Ledger:
         return self._wishes(claim if isinstance(claim, str) else min(claim))[key]
 
     def _wishes(self, owner: str) -> Elements:
-        packed = self._packed.get(owner)
-        return marshal.loads(packed) if packed is not None else {}
+        """What an owner wants.  The last answer is kept: a service may have a thousand ports."""
+        if self._unpacked[0] != owner:
+            packed = self._packed.get(owner)
+            self._unpacked = owner, marshal.loads(packed) if packed is not None else {}
+        return self._unpacked[1]
 
     def _replace(self, owner: str, new: Elements) -> None:
         old = self._wishes(owner)
@@ -100,6 +106,7 @@ class Ledger:
             self._drop(key, owner)
         for key in new.keys() - old.keys():
             self._claim(key, owner)
+        self._unpacked = ("", {})
         if new:
             self._packed[owner] = marshal.dumps(new)
         else:

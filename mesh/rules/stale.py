@@ -160,6 +160,16 @@ def _opened(delta: Delta[ElementKey, bytes]) -> Iterator[Endpoint]:
             yield _frontend(key)
 
 
+def by_id(held: Elements) -> dict[int, Elements]:
+    """Targets and frontends by their frontend id."""
+    found: dict[int, Elements] = {}
+    for (name, key), data in held.items():
+        if name in elements.TARGETS or name in elements.FRONTENDS:
+            mark = key[:4] if name in elements.TARGETS else data
+            found.setdefault(marks.parse(_bits(mark)).id, {})[name, key] = data
+    return found
+
+
 def _served(held: Elements, bits: int) -> _Served:
     frontends: set[Endpoint] = set()
     backends: set[Endpoint] = set()

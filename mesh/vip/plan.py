@@ -5,6 +5,7 @@ Pure, and deterministic: the same set of tasks gives the same forwardings in wha
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mesh.model.address import one_per_family
@@ -14,12 +15,12 @@ from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.vip import eligibility
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from mesh.model.publish import Protocol
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
-    from mesh.model.view import IngressPort, NodeView, ServiceView
+    from mesh.model.view import NodeView, ServiceView
 
 
 def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
@@ -30,10 +31,11 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     """
     tasks = eligibility.eligible(service, node)
     chosen = eligibility.preferred(tasks, service.spec.prefer, node)
+    published = _published(service)
     found: list[Forwarding] = []
     for target, protocol in _targets(service.spec):
         vip = [Frontend(Scope.VIP, address, protocol, target) for address in sorted(service.vips)]
-        ports = sorted(_published(service, target, protocol))
+        ports = sorted(published.get((target, protocol), ()))
         key = f"{service.spec.name}/{target}/{protocol.value}"
         if service.spec.prefer is Prefer.LOCAL_ONLY:
             local = [Frontend(Scope.NODE, None, protocol, port) for port in ports]
@@ -51,30 +53,23 @@ def _targets(spec: ServiceSpec) -> list[tuple[int, Protocol]]:
     return sorted(pairs, key=lambda pair: (pair[0], pair[1].value))
 
 
-def _published(service: ServiceView, target: int, protocol: Protocol) -> set[int]:
-    """The allocated ingress ports that lead to `target`."""
-    return {
-        given.published
-        for given in service.ingress
-        if given.protocol is protocol and _target_of(service.spec, given) == target
-    }
-
-
-def _target_of(spec: ServiceSpec, given: IngressPort) -> int | None:
-    """Where an allocated port leads; None if the spec no longer asks for it.
+def _published(service: ServiceView) -> Mapping[tuple[int, Protocol], set[int]]:
+    """The allocated ingress ports that lead to each target.
 
     The spec's target wins over the allocation's, so that a changed target takes effect with the
     spec and the port never stops answering in between.
     """
-    dynamic = None
-    for port in spec.ports:
-        if port.mode is not PublishMode.INGRESS or port.protocol is not given.protocol:
-            continue
-        if port.published == given.published:
-            return port.target
-        if port.published is None and port.target == given.target:
-            dynamic = port.target
-    return dynamic
+    asked = [port for port in service.spec.ports if port.mode is PublishMode.INGRESS]
+    named = {(port.published, port.protocol): port.target for port in asked if port.published}
+    dynamic = {(port.target, port.protocol) for port in asked if port.published is None}
+    found: defaultdict[tuple[int, Protocol], set[int]] = defaultdict(set)
+    for given in service.ingress:
+        target = named.get((given.published, given.protocol))
+        if target is None and (given.target, given.protocol) in dynamic:
+            target = given.target
+        if target is not None:
+            found[target, given.protocol].add(given.published)
+    return found
 
 
 def _backends(tasks: Iterable[Task], target: int) -> tuple[Backend, ...]:
