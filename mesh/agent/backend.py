@@ -15,12 +15,13 @@ from mesh.dataplane import command, host, nfmessages, nftables
 from mesh.dataplane.iptables import IptablesDriver
 from mesh.dataplane.nfnetlink import INET, Socket
 from mesh.dataplane.nftables import NftablesDriver
-from mesh.errors import CommandFailed, HostNotReady
+from mesh.errors import CommandFailed, HostNotReady, NotFound
 from mesh.model.cluster import Cluster
 from mesh.rules.program import Parameters
 
 if TYPE_CHECKING:
     from mesh.dataplane.protocol import Driver
+    from mesh.rules.elements import Elements
     from mesh.rules.program import Devices
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,24 @@ async def _used() -> Flavour:
         if any(family == _IP and name in ("nat", "filter") for family, name in _tables(netlink)):
             return "nft"
     return "nft" if "nf_tables" in await command.run("iptables", "--version") else "legacy"
+
+
+async def read_others(kept: Driver, parameters: Parameters) -> Elements:
+    """What backends other than `kept` hold on this host; of one that is damaged, nothing."""
+    found: Elements = {}
+    drivers: list[Driver] = [*await _iptables_present(parameters)]
+    with closing(Socket()) as netlink:
+        if (INET, nfmessages.TABLE) in _tables(netlink):
+            drivers.append(NftablesDriver(parameters))
+    for driver in drivers:
+        try:
+            if driver.name != kept.name:
+                found |= await driver.read()
+        except (CommandFailed, HostNotReady, NotFound) as error:
+            log.warning("backend=%s cannot be read: %s", driver.name, error)
+        finally:
+            driver.close()
+    return found
 
 
 async def retire_others(kept: Driver, parameters: Parameters) -> None:

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
 
+_GRACE_SECONDS: Final = 0.2
+"""What is asked once and answered has its answer by then; forgotten sooner, it would be lost."""
+
 _LOOK_SECONDS: Final = 1.0
 """Between two looks for stranded connections: each walks the whole table, some 30 ms."""
 
@@ -60,6 +63,7 @@ class Flows:
     async def _keep_pinned(self, held: Held) -> None:
         while True:
             await self._wake.wait()
+            await asyncio.sleep(_GRACE_SECONDS)
             self._wake.clear()
             try:
                 await self._forget(held)

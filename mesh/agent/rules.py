@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mesh.agent.backend import Chosen
     from mesh.agent.state import State, Touched
     from mesh.model.report import Problem
+    from mesh.rules.elements import Elements
     from mesh.rules.program import Parameters
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,12 @@ class Rules:
 
     async def start(self, parameters: Parameters) -> None:
         """Take over what the kernel holds, write the difference, retire other backends."""
-        await self._until_done(self._start)
+        before = await backend.read_others(self._driver, parameters)
+        await self._until_done(partial(self._start, before))
         await backend.retire_others(self._driver, parameters)
 
-    async def _start(self) -> int:
-        await self._reconciler.start()
+    async def _start(self, before: Elements) -> int:
+        await self._reconciler.start(before)
         return 0
 
     async def reconcile(self, touched: Touched) -> None:
@@ -73,6 +75,7 @@ class Rules:
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, is in the way, or could not be forgotten."""
         yield from self._refused
+        yield from self._driver.problems()
         yield from self._reconciler.problems()
         yield from self._flows.problems
 

@@ -33,7 +33,7 @@ async def run(driver: Driver, services: int, rounds: int) -> dict[str, object]:
     state.apply(records.everything(services))
     gc.collect()
     began = time.perf_counter()
-    await reconciler.start()
+    await reconciler.start({})
     install = time.perf_counter() - began
     gc.freeze()
     rss = figures.rss_mb("self")

@@ -59,6 +59,7 @@ class IptablesDriver:
     """Drives one flavour of iptables for one node.  `prepare` is also how damage is healed."""
 
     port = 0  # its changes are made by other programs
+    chunk = 5000  # every transaction writes a table again
 
     def __init__(self, parameters: Parameters, flavour: Flavour) -> None:
         self.name = f"iptables-{flavour}"

@@ -13,6 +13,7 @@ from mesh.rules import elements
 
 if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
+    from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
 
 
@@ -21,6 +22,7 @@ class MemoryDriver:
 
     name = "memory"
     port = 0
+    chunk = 200
 
     def __init__(self) -> None:
         self._elements: Elements | None = None
@@ -52,6 +54,10 @@ class MemoryDriver:
         """See Driver.tampered: nobody else can reach it."""
         await asyncio.Event().wait()
         return ""
+
+    def problems(self) -> tuple[Problem, ...]:
+        """See Driver.problems."""
+        return ()
 
     async def remove(self) -> None:
         """Forget the sets."""

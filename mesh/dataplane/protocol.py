@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from mesh.delta import Delta
+    from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
 
     ElementDelta = Delta[ElementKey, bytes]
@@ -15,6 +16,9 @@ class Driver(Protocol):
     """A rule backend: nftables, iptables or memory."""
 
     name: str
+
+    chunk: int
+    """How many services one transaction takes best when there are thousands to write."""
 
     @property
     def port(self) -> int:
@@ -35,6 +39,10 @@ class Driver(Protocol):
 
     async def tampered(self) -> str:
         """Wait until somebody else may have changed what is ours; what is known of it."""
+        ...
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What this host cannot do."""
         ...
 
     async def remove(self) -> None:

@@ -33,10 +33,10 @@ EVERYBODY: Final = (*CLIENTS, *INSIDE)
 WEB, MASQUERADED, HOSTED, EMPTY = 8080, 8081, 8082, 8083
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=("nftables", "iptables-nft", "iptables-legacy"))
+def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     replicas = (("a1", "n1"), ("a2", "n1"), ("b1", "n2"), *CONTAINERS.items())
-    with cluster("matrix", 3, *replicas) as made:
+    with cluster("matrix", 3, *replicas, backend=request.param) as made:
         asyncio.run(_furnish(made))
         yield made
 

@@ -47,7 +47,7 @@ class Node:
         self.state.apply(snapshot)
         await self.driver.prepare()
         self.reconciler = Reconciler(self.state, self.driver, lambda _delta: None)
-        await self.reconciler.start()
+        await self.reconciler.start({})
 
     def hear(self, changes: list[Change]) -> Touched:
         return self.state.apply(Changes(tuple(changes), changes[-1].revision if changes else 0))

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -73,9 +73,21 @@ class Records:
         return _revision(self.call("kv/put", {"key": _key(key), "value": _base64(value)}))
 
     def delete(self, key: str) -> int:
-        """Remove a key; one that ends in a slash: everything below it."""
-        span = {"range_end": _base64(_after(key))} if key.endswith("/") else {}
-        return _revision(self.call("kv/deleterange", {"key": _key(key), **span}))
+        """Remove a key."""
+        return _revision(self.call("kv/deleterange", {"key": _key(key)}))
+
+    def delete_below(self, prefix: str) -> int:
+        """Remove everything below a prefix that ends in a slash."""
+        span = {"key": _key(prefix), "range_end": _base64(_after(prefix))}
+        return _revision(self.call("kv/deleterange", span))
+
+    def change(self, puts: Mapping[str, object], deletes: Iterable[str]) -> int:
+        """Write and remove keys in one transaction."""
+        operations = [
+            {"request_put": {"key": _key(key), "value": _base64(json.dumps(record).encode())}}
+            for key, record in puts.items()
+        ] + [{"request_delete_range": {"key": _key(key)}} for key in deletes]
+        return _revision(self.call("kv/txn", {"success": operations}))
 
     def get(self, key: str) -> Any:
         """A record, or None."""
@@ -86,9 +98,12 @@ class Records:
         return next((value.decode() for value in self._range(key).values()), "")
 
     def under(self, prefix: str) -> dict[str, Any]:
-        """The records below a prefix that ends in a slash, by the rest of their keys."""
-        found = self._range(prefix, range_end=_base64(_after(prefix)))
-        return {key.removeprefix(f"/mesh/{prefix}"): json.loads(v) for key, v in found.items()}
+        """The readable records below a prefix that ends in a slash, by the rest of their keys."""
+        found = {}
+        for key, value in self._range(prefix, range_end=_base64(_after(prefix))).items():
+            with suppress(ValueError, RecursionError):
+                found[key.removeprefix(f"/mesh/{prefix}")] = json.loads(value)
+        return {name: record for name, record in found.items() if isinstance(record, dict)}
 
     def _range(self, key: str, **options: str) -> dict[str, bytes]:
         reply = self.call("kv/range", {"key": _key(key), **options})
@@ -215,7 +230,7 @@ class Cluster:
 
     def remove(self, service: str) -> None:
         """Remove a service and its tasks."""
-        self.records.delete(f"tasks/{service}/")
+        self.records.delete_below(f"tasks/{service}/")
         self.revision = self.records.delete(f"services/{service}")
 
     # ---- what is reported
@@ -223,7 +238,7 @@ class Cluster:
     def vips(self, service: str) -> tuple[str, ...]:
         """The addresses a service was given, or none yet."""
         for record in self.records.under("allocations/vips/").values():
-            if record["service"] == service:
+            if record.get("service") == service:
                 return tuple(record["addresses"])
         return ()
 
@@ -263,7 +278,7 @@ class Cluster:
             if p.get("mode") == "ingress" and p.get("published")
         }
         held = self.records.under("allocations/ports/")
-        mine = {key for key, record in held.items() if record["service"] == service}
+        mine = {key for key, record in held.items() if record.get("service") == service}
         return bool(self.vips(service)) and wanted <= mine
 
     def _written(self, prefix: str) -> int:
@@ -314,9 +329,10 @@ class Cluster:
         await control.call(self.lab.name, wire.PowerOff(node=node))
 
     def sh(self, machine: str, *argv: str, input: str | None = None) -> str:
-        """Run a program in a machine's network namespace; what it printed."""
+        """Run a program with a machine's network and files; what it printed."""
+        net = self.netns(machine)
         done = subprocess.run(
-            ("nsenter", f"--net={self.netns(machine)}", "--", *argv),
+            ("nsenter", f"--net={net}", f"--mount={net.removesuffix('net')}mnt", "--", *argv),
             input=input, capture_output=True, text=True, check=False, timeout=LIMIT,
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr or done.stdout}"
@@ -352,9 +368,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(name: str, nodes: int, *containers: tuple[str, str]) -> Iterator[Cluster]:
+def cluster(
+    name: str, nodes: int, *containers: tuple[str, str], backend: str = "auto"
+) -> Iterator[Cluster]:
     """A lab of one's own with replicas, given as (id, node); gone after the block."""
-    own = client.launch(name, nodes, ())
+    own = client.launch(name, nodes, (), backend)
     try:
         yield asyncio.run(_formed(own, containers))
     finally:
