@@ -15,7 +15,8 @@ import pytest
 
 from mesh.agent import config
 from mesh.lab import client, control, readiness, wire
-from tests.support.cluster import LIMIT, Cluster, Records, until
+from tests.support.cluster import LIMIT, Cluster, until
+from tests.support.gateway import Records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,20 +7,19 @@ requests are sent by sockets of this process that were born in the lab's namespa
 from __future__ import annotations
 
 import asyncio
-import base64
 import inspect
 import json
 import signal
 import subprocess
 import sys
-import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mesh.lab import client, control, wire
 from mesh.model.publish import Protocol
+from tests.support import gateway
 from tests.support.requests import Answer, Ask, ask
 
 if TYPE_CHECKING:
@@ -50,93 +49,6 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str = "")
         raise AssertionError(f"not within {LIMIT:g} s: {what or condition}") from None
 
 
-class Records:
-    """etcd below `/mesh`, through its JSON gateway; every write returns its revision."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._headers: dict[str, str] = {}
-
-    @contextmanager
-    def user(self, name: str, password: str) -> Iterator[None]:
-        """Be a user of etcd during a block."""
-        token = self.call("auth/authenticate", {"name": name, "password": password})["token"]
-        self._headers = {"Authorization": token}
-        try:
-            yield
-        finally:
-            self._headers = {}
-
-    def put(self, key: str, record: object) -> int:
-        """Write a record: bytes as they are, anything else as JSON."""
-        value = record if isinstance(record, bytes) else json.dumps(record).encode()
-        return _revision(self.call("kv/put", {"key": _key(key), "value": _base64(value)}))
-
-    def delete(self, key: str) -> int:
-        """Remove a key."""
-        return _revision(self.call("kv/deleterange", {"key": _key(key)}))
-
-    def delete_below(self, prefix: str) -> int:
-        """Remove everything below a prefix that ends in a slash."""
-        span = {"key": _key(prefix), "range_end": _base64(_after(prefix))}
-        return _revision(self.call("kv/deleterange", span))
-
-    def change(self, puts: Mapping[str, object], deletes: Iterable[str]) -> int:
-        """Write and remove keys in one transaction."""
-        operations = [
-            {"request_put": {"key": _key(key), "value": _base64(json.dumps(record).encode())}}
-            for key, record in puts.items()
-        ] + [{"request_delete_range": {"key": _key(key)}} for key in deletes]
-        return _revision(self.call("kv/txn", {"success": operations}))
-
-    def get(self, key: str) -> Any:
-        """A record, or None."""
-        return next((json.loads(value) for value in self._range(key).values()), None)
-
-    def text(self, key: str) -> str:
-        """A value that is not JSON, or nothing."""
-        return next((value.decode() for value in self._range(key).values()), "")
-
-    def under(self, prefix: str) -> dict[str, Any]:
-        """The readable records below a prefix that ends in a slash, by the rest of their keys."""
-        found = {}
-        for key, value in self._range(prefix, range_end=_base64(_after(prefix))).items():
-            with suppress(ValueError, RecursionError):
-                found[key.removeprefix(f"/mesh/{prefix}")] = json.loads(value)
-        return {name: record for name, record in found.items() if isinstance(record, dict)}
-
-    def _range(self, key: str, **options: str) -> dict[str, bytes]:
-        reply = self.call("kv/range", {"key": _key(key), **options})
-        return {
-            base64.b64decode(item["key"]).decode(): base64.b64decode(item.get("value", ""))
-            for item in reply.get("kvs", ())
-        }
-
-    def call(self, verb: str, body: Mapping[str, object]) -> Any:
-        """One request to the gateway."""
-        url, data = f"{self.url}/v3/{verb}", json.dumps(body).encode()
-        request = urllib.request.Request(url, data, self._headers)
-        with urllib.request.urlopen(request, timeout=LIMIT) as answer:
-            return json.load(answer)
-
-
-def _base64(value: bytes) -> str:
-    return base64.b64encode(value).decode()
-
-
-def _key(key: str) -> str:
-    return _base64(f"/mesh/{key}".encode())
-
-
-def _after(prefix: str) -> bytes:
-    """The end of etcd's range for a prefix that ends in a slash."""
-    return f"/mesh/{prefix}"[:-1].encode() + b"0"
-
-
-def _revision(reply: Any) -> int:
-    return int(reply["header"]["revision"])
-
-
 @dataclass(frozen=True, slots=True)
 class Container:
     """A running replica; `addresses` are IPv4 and IPv6, `netns` its network namespace."""
@@ -152,7 +64,7 @@ class Cluster:
     """A running lab."""
 
     lab: client.OwnLab
-    records: Records
+    records: gateway.Records
     status: LabStatus
     containers: dict[str, Container] = field(default_factory=dict)
     revision: int = 0
@@ -283,7 +195,11 @@ class Cluster:
 
     def _written(self, prefix: str) -> int:
         """The newest revision below a prefix."""
-        body = {"key": _key(prefix), "range_end": _base64(_after(prefix)), "keys_only": True}
+        body = {
+            "key": gateway.full(prefix),
+            "range_end": gateway.encoded(gateway.end_of(prefix)),
+            "keys_only": True,
+        }
         found = self.records.call("kv/range", body)
         return max((int(item["mod_revision"]) for item in found.get("kvs", ())), default=0)
 
@@ -383,7 +299,7 @@ async def _formed(own: client.OwnLab, containers: Sequence[tuple[str, str]]) -> 
     await own.built()
     await own.form()
     status = await own.status()
-    made = Cluster(own, Records(status.etcd), status)
+    made = Cluster(own, gateway.Records(status.etcd), status)
     for node in made.nodes:  # else the kernel answers one refused datagram a second
         made.sh(node.name, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
         made.sh(node.name, "sysctl", "-qw", "net.ipv6.icmp.ratelimit=0")
