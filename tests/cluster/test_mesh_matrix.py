@@ -9,14 +9,19 @@ One lab of three nodes, which no test disturbs:
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
 
 from mesh.model.address import FAMILIES, Family, family_of
 from mesh.model.publish import Protocol
-from tests.support.cluster import PORT, Cluster, cluster, host, ingress
+from tests.support.cluster import LIMIT, PORT, Cluster, cluster, host, ingress
 from tests.support.requests import BRIEF, REFUSED, SILENCE, Answer, Ask, Outcome, ask_all
 
 if TYPE_CHECKING:
@@ -214,6 +219,73 @@ async def test_other_nodes_come_to_a_host_port_from_outside(mesh: Cluster) -> No
 @pytest.mark.parametrize("node", ["n1", "n3"])
 async def test_a_host_port_is_refused_on_other_nodes(mesh: Cluster, node: str) -> None:
     expect_all(await outcomes(cases(mesh, EVERYBODY, mesh.addresses(node), HOSTED)), REFUSED)
+
+
+# ---- other clients of etcd
+
+AUTOMATION: Final = """
+import json, sys
+import etcd3
+port, (service, tasks) = int(sys.argv[1]), json.load(sys.stdin)
+client = etcd3.client(host="127.0.0.1", port=port, timeout=60)
+events, cancel = client.watch_prefix("/mesh/allocations/")
+client.put("/mesh/services/" + service["name"], json.dumps(service))
+for task in tasks:
+    key = "/mesh/tasks/" + service["name"] + "/" + task["id"]
+    assert client.transaction(
+        compare=[client.transactions.version(key) == 0],
+        success=[client.transactions.put(key, json.dumps(task))], failure=[],
+    )[0]
+wanted, found = {"vips", "ports"}, {}
+for event in events:
+    if json.loads(event.value).get("service") == service["name"]:
+        found[event.key.decode()] = json.loads(event.value)
+        wanted.discard(event.key.decode().split("/")[3])
+    if not wanted:
+        break
+cancel()
+reports = client.get_prefix("/mesh/applied/")
+print(json.dumps([found, {meta.key.decode(): json.loads(value) for value, meta in reports}]))
+"""
+"""What somebody else's program does with the `etcd3` package: write, and read what became of it."""
+
+
+def automation(port: str, *said: object) -> Any:
+    done = subprocess.run(
+        (sys.executable, "-c", AUTOMATION, port),
+        input=json.dumps(said), capture_output=True, text=True, check=False, timeout=LIMIT,
+        env=os.environ | {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("etcd3") is None, reason="etcd3 is not installed")
+async def test_what_the_etcd3_package_writes_is_served(mesh: Cluster) -> None:
+    service = {"name": "foreign", "ports": [{"target": PORT, "published": 8095, "mode": "ingress"}]}
+    replicas = [mesh.containers[name] for name in ("a2", "b1")]
+    tasks = [
+        {"service": "foreign", "id": one.id, "node": one.node, "addresses": one.addresses}
+        for one in replicas
+    ]
+
+    allocated, applied = automation(mesh.status.etcd.rpartition(":")[2], service, tasks)
+    await mesh.allocated("foreign")
+    (vips,) = (found["addresses"] for key, found in allocated.items() if "/vips/" in key)
+    published = mesh.asks(CLIENTS, mesh.addresses("n3"), 8095)
+    found = await ask_all(
+        one
+        for one in 8 * (published + mesh.asks(["k3"], vips, PORT))
+        if one.protocol is Protocol.TCP
+    )
+    mesh.remove("foreign")
+    await mesh.settled()
+
+    assert {a.replica if isinstance(a, Answer) else a for a in found} == {"a2", "b1"}
+    assert "/mesh/allocations/ports/tcp/8095" in allocated
+    assert applied.keys() == {f"/mesh/applied/{node}" for node in NODES}
+    for report in applied.values():
+        assert report["problems"] == []
 
 
 # ---- balance

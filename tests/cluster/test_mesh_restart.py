@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mesh.model.publish import Protocol
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until
 from tests.support.requests import Answer, Ask, again, ask_all, held, stream
 
@@ -110,6 +111,28 @@ async def test_no_connection_fails_while_a_service_is_scaled(mesh: Cluster) -> N
     assert traffic.failures == []
     assert {t.replica for t in six if isinstance(t, Answer)} == set(REPLICAS)
     assert {t.replica for t in two if isinstance(t, Answer)} == set(REPLICAS[4:])
+
+
+async def test_flows_of_a_removed_replica_drain_on_tcp_and_move_on_udp(mesh: Cluster) -> None:
+    async with held(everything(mesh)) as first:
+        mesh.task("web", "a2")
+        for replica in REPLICAS[:3]:
+            mesh.untask("web", replica)
+        await mesh.settled()
+
+        async def moved() -> bool:
+            now = await again(flow for flow in first if flow.asked.protocol is Protocol.UDP)
+            return {a.replica if isinstance(a, Answer) else a for a in now.values()} == {"a2"}
+
+        await until(moved, "UDP flows go to the replica that is left")
+        tcp = {flow: was for flow, was in first.items() if flow.asked.protocol is Protocol.TCP}
+        kept = await again(tcp)
+        for replica in REPLICAS[:3]:
+            mesh.task("web", replica)
+        mesh.untask("web", "a2")
+        await mesh.settled()
+
+    assert kept == tcp
 
 
 async def test_no_connection_fails_while_replicas_are_changed_without_a_pause(
