@@ -96,6 +96,7 @@ class Agent:
 
     async def _register(self, cluster: Cluster) -> None:
         """Write this node's record, if it differs.  Raises HostNotReady if it cannot take part."""
+        backend.check(self._config.backend)
         record = schema.encode(await self._network.identify(cluster))
         key = self._keys.node(self._config.node)
         item = await self._store.get(key)

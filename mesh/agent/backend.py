@@ -39,6 +39,12 @@ class Chosen(NamedTuple):
     reason: str
 
 
+def check(wanted: str) -> None:
+    """Raise HostNotReady where only a program is missing: to install it beats falling back."""
+    if wanted in ("auto", "nftables") and _has_nf_tables():
+        host.check_program("nft", "nftables")
+
+
 async def choose(wanted: str, parameters: Parameters) -> Chosen:
     """Load the program of the backend that `wanted` asks for.  Raises HostNotReady, CommandFailed.
 
@@ -133,6 +139,15 @@ async def _iptables_present(parameters: Parameters) -> list[IptablesDriver]:
     flavours: tuple[tuple[Flavour, bool], ...] = (("legacy", _has_legacy()), ("nft", has_nft))
     drivers = [IptablesDriver(parameters, flavour) for flavour, used in flavours if used]
     return [driver for driver in drivers if await driver.exists()]
+
+
+def _has_nf_tables() -> bool:
+    try:
+        with closing(Socket()) as netlink:
+            nfmessages.tables(netlink)
+    except OSError:
+        return False
+    return True
 
 
 def _has_legacy() -> bool:
