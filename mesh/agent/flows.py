@@ -63,10 +63,11 @@ class Flows:
     async def _keep_pinned(self, held: Held) -> None:
         while True:
             await self._wake.wait()
-            await asyncio.sleep(_GRACE_SECONDS)
             self._wake.clear()
+            deltas, self._written = self._written, []
+            await asyncio.sleep(_GRACE_SECONDS)  # what is written meanwhile gets as much
             try:
-                await self._forget(held)
+                await self._forget(deltas, held)
             except ApplyFailed as error:
                 self._tell(error)
                 self._doubted = True
@@ -75,8 +76,7 @@ class Flows:
             else:
                 self.problems = ()
 
-    async def _forget(self, held: Held) -> None:
-        deltas, self._written = self._written, []
+    async def _forget(self, deltas: list[ElementDelta], held: Held) -> None:
         await self._conntrack.forget(
             [each for delta in deltas for each in stale.after(delta, held)]
         )
