@@ -77,9 +77,10 @@ class Flows:
                 self.problems = ()
 
     async def _forget(self, deltas: list[ElementDelta], held: Held) -> None:
-        await self._conntrack.forget(
-            [each for delta in deltas for each in stale.after(delta, held)]
-        )
+        due = {each for delta in deltas for each in stale.after(delta, held)}
+        # What was stale, served, and is stale again has clients that wait for an answer.
+        due -= {each for delta in self._written for each in stale.after(delta, held)}
+        await self._conntrack.forget(due)
         if self._doubted:
             self._doubted = False
             flows = await self._conntrack.udp_flows(marks.OURS, marks.OURS | marks.VIA)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until
-from tests.support.requests import REFUSED, Answer, ask_all, stream
+from tests.support.requests import REFUSED, replicas, stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -88,10 +88,6 @@ async def withdraw(mesh: Cluster, *keys: str) -> None:
     await mesh.settled()
 
 
-async def replicas(asks: list[Ask]) -> set[str]:
-    return {a.replica if isinstance(a, Answer) else a for a in await ask_all(4 * asks)}
-
-
 async def test_garbage_is_passed_over_and_told(mesh: Cluster, traffic: Stream) -> None:
     keys = (
         "services/bad", "tasks/web/bad", "tasks/bad/bad", "nodes/bad", "allocations/nodes/77",
@@ -127,7 +123,7 @@ async def test_the_last_good_version_stays_in_force(mesh: Cluster, traffic: Stre
         put(mesh, key, b'{"oops": 1}')
     await mesh.settled()
     told = mesh.problems("n1")
-    meanwhile = await replicas(everything(mesh, GOOD))
+    meanwhile = await replicas(4 * everything(mesh, GOOD))
     for key, record in keys.items():
         put(mesh, key, record)
     await mesh.settled()
@@ -202,7 +198,7 @@ async def test_a_service_cannot_take_another_ones_vip_or_port(
     await mesh.settled()
     await until(lambda: bool(mesh.records.get("status/services/thief")), "the controller objects")
     told = json.dumps(mesh.records.get("status/services/thief"))
-    answered = await replicas(everything(mesh))
+    answered = await replicas(4 * everything(mesh))
     mesh.remove("thief")
     await mesh.settled()
 
@@ -219,7 +215,7 @@ async def test_forged_allocations_of_a_vip_or_port_in_use_change_nothing(
     put(mesh, "allocations/vips/901", {"service": "thief", "addresses": mesh.vips("web")})
     put(mesh, "allocations/vips/902", {"service": "nobody", "addresses": mesh.vips("web")})
     await mesh.settled()
-    answered = await replicas(everything(mesh))
+    answered = await replicas(4 * everything(mesh))
     for index in (901, 902):
         mesh.records.delete(f"allocations/vips/{index}")
     mesh.remove("thief")
@@ -254,7 +250,7 @@ async def test_a_task_with_an_address_of_something_else_disturbs_nobody(
     await mesh.allocated("odd")
     mesh.task("odd", "a1")
     await mesh.settled()
-    answered = await replicas(everything(mesh))
+    answered = await replicas(4 * everything(mesh))
     told = mesh.problems("n2")
     mesh.remove("odd")
     await mesh.settled()
@@ -277,7 +273,7 @@ async def test_tasks_of_no_service_no_node_and_twice_disturb_nobody(
         record = {**twice, "id": f"many-{number}", "addresses": addresses, "node": "n77"}
         put(mesh, f"tasks/good/many-{number}", record)
     await mesh.settled()
-    answered = await replicas(everything(mesh, GOOD))
+    answered = await replicas(4 * everything(mesh, GOOD))
     for number in range(300):
         mesh.records.delete(f"tasks/good/many-{number}")
     await withdraw(mesh, "tasks/good/twice", "tasks/good/away", "tasks/none/lost")
@@ -293,12 +289,12 @@ async def test_a_service_with_a_thousand_ports_is_served_beside_the_others(
     mesh.task("wide", "a1")
     await mesh.allocated("wide")
     (address, _) = mesh.addresses("n2")
-    answered = await replicas(mesh.asks(["c1"], [address], FREE)[:1])
+    answered = await replicas(4 * mesh.asks(["c1"], [address], FREE)[:1])
     mesh.remove("wide")
     await mesh.settled()
 
     assert answered == {"a1"}
-    assert await replicas(mesh.asks(["c1"], [address], FREE)) == {REFUSED}
+    assert await replicas(4 * mesh.asks(["c1"], [address], FREE)) == {REFUSED}
 
 
 async def test_nodes_that_cannot_be_are_no_peers_and_change_no_peer(
@@ -319,7 +315,7 @@ async def test_nodes_that_cannot_be_are_no_peers_and_change_no_peer(
         put(mesh, f"nodes/{name}", record)
     await mesh.settled()
     await until(lambda: '"node twin"' in mesh.problems("n1"), "the twin's key is refused")
-    answered = await replicas(everything(mesh))
+    answered = await replicas(4 * everything(mesh))
     await withdraw(mesh, *(f"nodes/{name}" for name in impostors))
 
     def peers() -> dict[str, str]:
@@ -368,4 +364,4 @@ async def test_agents_outlive_forged_node_numbers(mesh: Cluster) -> None:
     await until(lambda: mesh.problems("n1") == "[]", "nothing is wrong any more")
     await mesh.refresh()
     assert [node.agent_pid for node in mesh.nodes] == agents
-    assert await replicas(everything(mesh)) == {"a1", "b1"}
+    assert await replicas(4 * everything(mesh)) == {"a1", "b1"}

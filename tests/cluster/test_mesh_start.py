@@ -135,7 +135,7 @@ async def test_a_program_is_missing(bare: Cluster, program: str, package: str) -
     hide = f'mount --bind /dev/null "$(command -v {program})" && exec "$@"'
     private = ("unshare", "--mount", "--propagation", "private", "sh", "-c", hide, "sh")
 
-    done = await agent(bare, configure(bare), *private)
+    done = await agent(bare, configure(bare, backend="nftables"), *private)
 
     expect_refusal(done, program, package)
 

@@ -111,11 +111,11 @@ class Held:
         self.asked = asked
         self._socket = born(asked.netns, asked.address, asked.protocol)
 
-    async def again(self) -> Outcome:
+    async def again(self, patience: float = PATIENCE) -> Outcome:
         """Ask once more."""
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(patience):
                 if self._fresh:
                     await loop.sock_connect(self._socket, (self.asked.address, self.asked.port))
                 await loop.sock_sendall(self._socket, _KEPT)
@@ -155,10 +155,10 @@ async def held(asks: Iterable[Ask]) -> AsyncIterator[dict[Held, Outcome]]:
             one.close()
 
 
-async def again(connections: Iterable[Held]) -> dict[Held, Outcome]:
+async def again(connections: Iterable[Held], patience: float = PATIENCE) -> dict[Held, Outcome]:
     """What open connections answer now."""
     each = list(connections)
-    outcomes = await asyncio.gather(*(one.again() for one in each))
+    outcomes = await asyncio.gather(*(one.again(patience) for one in each))
     return dict(zip(each, outcomes, strict=True))
 
 
@@ -171,6 +171,12 @@ async def ask_all(asks: Iterable[Ask], patience: float = PATIENCE) -> list[Outco
             return await ask(one, patience)
 
     return await asyncio.gather(*map(within, asks))
+
+
+async def replicas(asks: Iterable[Ask]) -> set[str]:
+    """Who answers; an outcome that is no answer stands for itself."""
+    found = await ask_all(asks)
+    return {one.replica if isinstance(one, Answer) else one for one in found}
 
 
 @dataclass
