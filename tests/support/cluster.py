@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from mesh.lab import client, control, wire
 from mesh.model.publish import Protocol
 from tests.support import gateway
-from tests.support.requests import Answer, Ask, ask
+from tests.support.requests import Answer, Ask, ask, replicas
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LIMIT: Final = 60.0
 """Seconds anything may take on a crowded machine before a test fails."""
+
+_PATIENCE: Final = 5.0
+"""Seconds until one of many tries is given up."""
 
 REPLICA: Final = (sys.executable, "-m", "mesh.lab.replica", "--udp")
 
@@ -47,6 +50,24 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str = "")
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise AssertionError(f"not within {LIMIT:g} s: {what or condition}") from None
+
+
+async def until_served(asks: Sequence[Ask], by: set[str]) -> None:
+    """Wait until requests are answered by these replicas, by all of them and by no others.
+
+    A request may come from the port of an earlier one, whose UDP flow is not forgotten yet.
+    """
+    told: set[str] = set()
+
+    async def served() -> bool:
+        nonlocal told
+        told = await replicas(asks, _PATIENCE)
+        return told == by
+
+    try:
+        await until(served)
+    except AssertionError:
+        raise AssertionError(f"served by {told}, not by {by}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,9 +173,9 @@ async def ask_all(asks: Iterable[Ask], patience: float = PATIENCE) -> list[Outco
     return await asyncio.gather(*map(within, asks))
 
 
-async def replicas(asks: Iterable[Ask]) -> set[str]:
+async def replicas(asks: Iterable[Ask], patience: float = PATIENCE) -> set[str]:
     """Who answers; an outcome that is no answer stands for itself."""
-    found = await ask_all(asks)
+    found = await ask_all(asks, patience)
     return {one.replica if isinstance(one, Answer) else one for one in found}
 
 
