@@ -19,7 +19,7 @@ from mesh.agent.rules import Rules
 from mesh.agent.state import KINDS, State, Touched
 from mesh.controller import lead
 from mesh.dataplane.linkwatch import LinkWatch
-from mesh.errors import HostNotReady
+from mesh.errors import HostNotReady, StoreUnavailable
 from mesh.model.cluster import Cluster, NodeNetwork
 from mesh.model.node import Role
 from mesh.model.report import Problem
@@ -27,7 +27,8 @@ from mesh.rules.program import Devices, Parameters
 from mesh.store import schema
 from mesh.store.election import Election
 from mesh.store.lease import LeaseHolder
-from mesh.store.sync import Follower
+from mesh.store.protocol import Changes
+from mesh.store.sync import CATCH_UP, Follower
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 
 _CHECK_SECONDS: Final = 5.0
 """How often links and WireGuard are looked at without being told that they changed."""
+
+_ASK_SECONDS: Final = 1.0
+"""An etcd that has just told of a change answers in a millisecond."""
 
 _SETTLE_SECONDS: Final = 0.05
 """Link notifications come in bursts; one pass answers a whole burst."""
@@ -65,6 +69,7 @@ class Agent:
         self._lease: LeaseHolder | None = None
         self._cluster: Cluster | None = None
         self._held: NodeNetwork | None = None
+        self._deleted = False
         self._problem: Problem | None = None
 
     async def run(self) -> None:
@@ -122,6 +127,8 @@ class Agent:
             async for event in updates:
                 self._state.doubting = self._lease is None or self._lease.is_doubtful()
                 touched = self._state.apply(event)
+                if isinstance(event, Changes):
+                    self._deleted |= any(change.value is None for change in event.changes)
                 del event  # a snapshot is large, and the next event may be long in coming
                 self._touch(touched)
                 self._first_picture.set()
@@ -190,6 +197,19 @@ class Agent:
             )
         return None
 
+    async def _is_wiped(self) -> bool:
+        """Whether what was deleted went with the settings: of one transaction, the prefixes are
+        heard of one by one.
+        """
+        if not self._deleted:
+            return False
+        self._deleted = False
+        try:
+            async with asyncio.timeout(_ASK_SECONDS):
+                return await self._store.get(self._keys.cluster) is None
+        except (StoreUnavailable, TimeoutError):
+            return False
+
     # ---- rules
 
     async def _keep_rules(
@@ -214,12 +234,17 @@ class Agent:
             tasks.create_task(reports, name="reporter")
             rules.look_after(tasks)
             log.info("forwarding node=%s number=%d", node.name, node.network.number)
+            held = False
             while True:
                 await self._changed.wait()
                 self._changed.clear()
-                if not self._in_sync():
+                if not self._in_sync() or await self._is_wiped():
+                    held = True
                     reporter.wake()
                     continue
+                if held:
+                    held = False
+                    await asyncio.sleep(CATCH_UP)  # what came back with the settings
                 touched, self._pending = self._pending, _NOTHING
                 revision = self._state.revision
                 await rules.reconcile(touched)
@@ -249,6 +274,8 @@ class Agent:
                 await asyncio.sleep(_SETTLE_SECONDS)
                 self._nodes_changed.clear()
                 self._settle_doubts()
+                if self._lease is not None and not self._state.is_announced:
+                    self._lease.again(self._keys.alive(self._config.node))
                 if self._in_sync():
                     await self._sync_network()
         finally:

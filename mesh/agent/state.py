@@ -272,6 +272,11 @@ class State:
         entry = self._entries.get(self.keys.cluster)
         return entry.record if entry is not None and isinstance(entry.record, Cluster) else None
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether etcd holds this node's own sign of life."""
+        return self.node in self._alive
+
     def services(self) -> frozenset[str]:
         """Every service that has a readable spec."""
         return frozenset(self._services)

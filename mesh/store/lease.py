@@ -66,6 +66,11 @@ class LeaseHolder:
         self._wanted[key] = value
         await self._write_now()
 
+    def again(self, key: str) -> None:
+        """Write a key again that somebody else removed."""
+        self._written.pop(key, None)
+        self._wake.set()
+
     async def delete(self, key: str) -> None:
         """Keep `key` no longer; as `put`."""
         self._wanted.pop(key, None)

@@ -365,3 +365,32 @@ async def test_agents_outlive_forged_node_numbers(mesh: Cluster) -> None:
     await mesh.refresh()
     assert [node.agent_pid for node in mesh.nodes] == agents
     assert await replicas(4 * everything(mesh)) == {"a1", "b1"}
+
+
+async def test_forwarding_outlives_an_etcd_that_lost_everything(
+    mesh: Cluster, traffic: Stream
+) -> None:
+    """By somebody's `etcdctl del --prefix /mesh`; all of it comes back from a backup."""
+    kinds = ("services/", "nodes/", "tasks/web/", "tasks/good/", "allocations/nodes/")
+    kinds += ("allocations/vips/", "allocations/ports/tcp/", "allocations/ports/udp/")
+    backup = {"cluster": mesh.records.get("cluster")}
+    for kind in kinds:
+        backup |= {f"{kind}{name}": record for name, record in mesh.records.under(kind).items()}
+
+    mesh.records.delete_below("")
+    await until(lambda: "/mesh/cluster" in mesh.problems("n1"), "the agent objects")
+    await traffic.more(CYCLE)
+    mesh.revision = mesh.records.change(backup, ())
+    await mesh.settled()
+
+    await until(lambda: mesh.records.under("alive/").keys() == {"n1", "n2"}, "all are alive again")
+    await until(lambda: mesh.problems("n1") == "[]", "nothing is wrong any more")
+
+
+async def test_a_living_node_says_so_again_when_somebody_buries_it(
+    mesh: Cluster, traffic: Stream
+) -> None:
+    for node in mesh.nodes:
+        mesh.records.delete(f"alive/{node.name}")
+
+    await until(lambda: mesh.records.under("alive/").keys() == {"n1", "n2"}, "both are alive")
