@@ -7,6 +7,7 @@ namespace, so nothing survives the run, even when it is killed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
@@ -22,6 +23,7 @@ _SETUP = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get(_MARK) == "1" or config.option.collectonly:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's way of ignoring it is inherited
         return
     os.environ[_MARK] = "1"
     capture = config.pluginmanager.getplugin("capturemanager")
