@@ -371,8 +371,8 @@ async def test_forwarding_outlives_an_etcd_that_lost_everything(
     mesh: Cluster, traffic: Stream
 ) -> None:
     """By somebody's `etcdctl del --prefix /mesh`; all of it comes back from a backup."""
-    kinds = ("services/", "nodes/", "tasks/web/", "tasks/good/", "allocations/nodes/")
-    kinds += ("allocations/vips/", "allocations/ports/tcp/", "allocations/ports/udp/")
+    kinds = ["services/", "nodes/", "tasks/web/", "tasks/good/", "allocations/nodes/"]
+    kinds += ["allocations/vips/", "allocations/ports/tcp/", "allocations/ports/udp/"]
     backup = {"cluster": mesh.records.get("cluster")}
     for kind in kinds:
         backup |= {f"{kind}{name}": record for name, record in mesh.records.under(kind).items()}
