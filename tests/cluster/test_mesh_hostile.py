@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.support.cluster import PORT, Cluster, cluster, ingress, until
+from tests.support.cluster import PORT, Cluster, cluster, frontends, ingress, put, until, withdraw
 from tests.support.requests import REFUSED, replicas, stream
 
 if TYPE_CHECKING:
@@ -64,15 +64,11 @@ def everything(mesh: Cluster, port: int = WEB) -> list[Ask]:
 @pytest.fixture
 async def traffic(mesh: Cluster, unharmed: Stream) -> AsyncIterator[Stream]:
     """The same, and the frontends are in the end as they were: marks, ids and all."""
-    rules = _frontends(mesh)
+    rules = frontends(mesh)
 
     yield unharmed
 
-    await until(lambda: _frontends(mesh) == rules, "the frontends are as they were")
-
-
-def _frontends(mesh: Cluster) -> list[dict[str, str]]:
-    return [mesh.elements(node.name, "vips", "meshports", "known") for node in mesh.nodes]
+    await until(lambda: frontends(mesh) == rules, "the frontends are as they were")
 
 
 @pytest.fixture
@@ -87,16 +83,6 @@ async def unharmed(mesh: Cluster) -> AsyncIterator[Stream]:
     await mesh.refresh()
     assert traffic.failures == []
     assert [node.agent_pid for node in mesh.nodes] == agents
-
-
-def put(mesh: Cluster, key: str, record: object) -> None:
-    mesh.revision = mesh.records.put(key, record)
-
-
-async def withdraw(mesh: Cluster, *keys: str) -> None:
-    for key in keys:
-        mesh.revision = mesh.records.delete(key)
-    await mesh.settled()
 
 
 async def test_garbage_is_passed_over_and_told(mesh: Cluster, traffic: Stream) -> None:

@@ -348,3 +348,20 @@ def _published(mode: str, published: int, target: int) -> list[dict[str, object]
         {"target": target, "published": published, "protocol": p.value, "mode": mode}
         for p in Protocol
     ]
+
+
+def put(mesh: Cluster, key: str, record: object) -> None:
+    """Write a record as it is."""
+    mesh.revision = mesh.records.put(key, record)
+
+
+async def withdraw(mesh: Cluster, *keys: str) -> None:
+    """Delete keys, and wait until that is in force."""
+    for key in keys:
+        mesh.revision = mesh.records.delete(key)
+    await mesh.settled()
+
+
+def frontends(mesh: Cluster) -> list[dict[str, str]]:
+    """What every node's kernel has of the services' frontends."""
+    return [mesh.elements(node.name, "vips", "meshports", "known") for node in mesh.nodes]
