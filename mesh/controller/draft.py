@@ -1,7 +1,8 @@
 """Decisions gathered into one transaction, as many as the store takes at once.
 
 Owns the conditions that make it safe: a key is only created where there is none, only changed or
-deleted as it is known.  Pure: the loop sends it and says how it went.
+deleted as it is known, and what belongs to nobody is only freed while its owner is really gone.
+Pure: the loop sends it and says how it went.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from mesh.controller.picture import Owner, Picture, Place, Pool, Record
 
 ROOM: Final = MAX_OPERATIONS - 4
-"""Operations for decisions: one condition is the leader's, three operations move cursors."""
+"""Operations for decisions, and conditions: one of these is the leader's, one may say that an owner
+is gone; three operations move cursors."""
 
 STINT: Final = 256
 """Decisions per draft: some 5 ms."""
@@ -81,13 +83,15 @@ class Draft:
         Only a decision too large for any transaction is split, over several.
         """
         size = len(decision.puts) + len(decision.frees) + 1
-        if size > ROOM - len(self.operations):
+        if size > ROOM - max(len(self.operations), len(self.conditions)):
             if not self.operations:
+                self._guard(owner, decision)
                 for place, record in islice(decision.puts.items(), ROOM):
                     self._give(owner, place, record)
                 for place in decision.frees[: ROOM - len(self.operations)]:
                     self._free(place)
             return False
+        self._guard(owner, decision)
         for place, record in decision.puts.items():
             self._give(owner, place, record)
         for place in decision.frees:
@@ -98,6 +102,13 @@ class Draft:
         self._cursors |= decision.cursors
         self._picture.cursors |= decision.cursors
         return True
+
+    def _guard(self, owner: Owner, decision: Decision) -> None:
+        """Free what nobody owns only while that is so: of one transaction, the keys are heard of
+        prefix by prefix, and an allocation may come before its owner.
+        """
+        if decision.frees and owner not in self._picture.claimants:
+            self.conditions.append(Compare(self._picture.key_of_owner(owner), 0))
 
     def _give(self, owner: Owner, place: Place, record: Record) -> None:
         picture, key = self._picture, self._picture.key_of(place)

@@ -191,6 +191,10 @@ class Picture:
             case "tcp" | "udp":
                 return self.keys.port_allocation(place.pool, place.number)
 
+    def key_of_owner(self, owner: Owner) -> str:
+        """The etcd key of a node's or a service's own record."""
+        return self.keys.under(owner.kind) + owner.name
+
     # ---- records
 
     def _put(self, item: KeyValue) -> None:

@@ -365,12 +365,9 @@ async def test_agents_outlive_forged_node_numbers(mesh: Cluster) -> None:
 
 
 async def test_forwarding_outlives_an_etcd_that_lost_everything(
-    mesh: Cluster, unharmed: Stream
+    mesh: Cluster, traffic: Stream
 ) -> None:
-    """By somebody's `etcdctl del --prefix /mesh`; all of it comes back from a backup.
-
-    Frontends may have other ids afterwards: their services are new to etcd.
-    """
+    """By somebody's `etcdctl del --prefix /mesh`; all of it comes back from a backup."""
     kinds = ["services/", "nodes/", "tasks/web/", "tasks/good/", "allocations/nodes/"]
     kinds += ["allocations/vips/", "allocations/ports/tcp/", "allocations/ports/udp/"]
     backup = {"cluster": mesh.records.get("cluster")}
@@ -379,7 +376,7 @@ async def test_forwarding_outlives_an_etcd_that_lost_everything(
 
     mesh.records.delete_below("")
     await until(lambda: "/mesh/cluster" in mesh.problems("n1"), "the agent objects")
-    await unharmed.more(CYCLE)
+    await traffic.more(CYCLE)
     mesh.revision = mesh.records.change(backup, ())
     await mesh.settled()
 

@@ -72,6 +72,20 @@ async def test_a_place_that_changed_hands_meanwhile_is_not_rewritten(world: Allo
     assert await world.ports() == {"tcp/8080": ("b", 80)}
 
 
+async def test_what_comes_back_before_its_owner_is_not_freed(world: Allocations) -> None:
+    """Of one transaction, each prefix is heard of for itself, in any order."""
+    await world.service("a", ingress(8080))
+    assert await succeeds(world, await drafted(world))
+    picture = Picture(KEYS, {})
+    known = (await world.store.list("/")).items
+    picture.load(item for item in known if item.key != KEYS.service("a"))
+    draft = Draft(picture)
+    draft.fill()
+
+    assert draft.operations
+    assert not await succeeds(world, draft)
+
+
 async def test_services_too_many_for_one_transaction_take_several(world: Allocations) -> None:
     for number in range(300):
         await world.service(f"s{number}", ingress(2000 + number), vip="none")
@@ -99,6 +113,7 @@ async def test_what_was_freed_stays_free_when_the_watch_tells_of_the_gift(
     picture.load((await world.store.list("/")).items)
     given = await committed(world, picture)
     item = await world.store.get(KEYS.vip_allocation(1))
+    await world.store.delete(KEYS.service("a"))
     picture.observe([Change(KEYS.service("a"), None, given + 1)])
     await committed(world, picture)
 
