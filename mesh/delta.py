@@ -6,13 +6,15 @@ Works on plain keyed values.  Never parses, never orders by anything but the map
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
 K = TypeVar("K", bound="Hashable")
 V = TypeVar("V")
+
+_ABSENT: Any = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +29,9 @@ class Delta(Generic[K, V]):
         """The smallest change that turns `actual` into `desired`; unchanged keys are untouched."""
         if actual == desired:
             return Delta()
-        missing = object()
-        remove = {key: value for key, value in actual.items() if desired.get(key, missing) != value}
-        add = {key: value for key, value in desired.items() if actual.get(key, missing) != value}
+        was, becomes = actual.get, desired.get
+        remove = {key: value for key, value in actual.items() if becomes(key, _ABSENT) != value}
+        add = {key: value for key, value in desired.items() if was(key, _ABSENT) != value}
         return Delta(remove, add)
 
     def __bool__(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import mesh.hostports.plan
@@ -28,9 +29,9 @@ def lower(service: ServiceView, node: NodeView, ids: Ids) -> tuple[Elements, set
 
     Every replica of this node gets a hairpin: it may be chosen for its own request.
     """
-    found = nft.lower_hairpins(
-        address for task in service.tasks if task.node == node.name for address in task.addresses
-    )
+    name = node.name
+    here = [task.addresses for task in service.tasks if task.node == name]
+    found = nft.lower_hairpins(chain.from_iterable(here))
     pools = set()
     for forwarding in plan(service, node):
         pools.add(forwarding.key)

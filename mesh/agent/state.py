@@ -76,6 +76,7 @@ class State:
         self._numbers: dict[str, dict[int, bool]] = {}
         self._alive: set[str] = set()
         self._networks: dict[int, NodeNetwork] = {}
+        self._node_view: NodeView | None = None
         self._readers: dict[str, tuple[_Parse, _Index]] = {
             "services": (schema.parse_service, self._index_service),
             "tasks": (schema.parse_task, self._index_task),
@@ -93,13 +94,13 @@ class State:
         services: set[str] = set()
         nodes = False
         for touched in self._applied(event):
-            services |= touched.services
-            nodes |= touched.nodes
+            services.update(touched.services)
+            nodes = nodes or touched.nodes
         # Events of two prefixes may arrive out of order; only a snapshot can go back.
         known = 0 if isinstance(event, Snapshot) else self.revision
         self.revision = max(known, event.revision)
         for name in tuple(services):
-            services |= self._claim(name)
+            services.update(self._claim(name))
         return Touched(frozenset(services), nodes)
 
     def _applied(self, event: Snapshot | Changes) -> Iterable[Touched]:
@@ -190,6 +191,7 @@ class State:
         name = parts[1]
         if name == self.node:
             return _NOTHING  # it is alive to itself
+        self._node_view = None
         if new is None:
             self._alive.discard(name)
         else:
@@ -230,6 +232,7 @@ class State:
                     services |= self.claims.reserve(*ingress[:2], port.service if held else None)
                 case NodeAllocation() as node:
                     nodes = True
+                    self._node_view = None
                     _hold(self._numbers, node.node, int(parts[2]), held)
                 case _:
                     pass
@@ -237,11 +240,14 @@ class State:
 
     def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
         self._networks.clear()
+        self._node_view = None
         return Touched(frozenset(self.services()), nodes=True)
 
     def _claim(self, service: str) -> frozenset[str]:
         """Put in a service's claims on this node's ports; whose granted ports that changes."""
         spec = self._services.get(service)
+        if not self.claims.concern(service, spec):
+            return frozenset()
         here = [
             (_task(entry), entry.created)
             for entry in self._tasks.get(service, {}).values()
@@ -286,12 +292,14 @@ class State:
         spec = self._services.get(service)
         if spec is None:
             return None
-        entries = sorted(
-            self._tasks.get(service, {}).items(), key=lambda item: (item[1].created, item[0])
-        )
+        entries = [
+            (entry.created, name, _task(entry))
+            for name, entry in self._tasks.get(service, _NO_TASKS).items()
+        ]
+        entries.sort()
         return ServiceView(
             spec=spec,
-            tasks=tuple(_task(entry) for _, entry in entries),
+            tasks=tuple([task for _, _, task in entries]),
             vips=self._vip_addresses(service),
             ingress=tuple(sorted(self._ports.get(service, ()), key=_port_order)),
             unhealthy=frozenset(self._unhealthy.get(service, ())),
@@ -304,17 +312,22 @@ class State:
         if not allocated or cluster is None:
             return ()
         return tuple(
-            vip
-            for vip in allocated[min(allocated)].addresses
-            if address.contains(cluster.vips(address.family_of(vip)), vip)
+            [
+                vip
+                for vip in allocated[min(allocated)].addresses
+                if address.contains(cluster.vips(address.family_of(vip)), vip)
+            ]
         )
 
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
-        network = self.network(self.node)
-        if network is None:
-            return None
-        return NodeView(self.node, network, frozenset(self._alive | {self.node}))
+        if self._node_view is None:
+            network = self.network(self.node)
+            if network is None:
+                return None
+            live = frozenset(self._alive | {self.node})
+            self._node_view = NodeView(self.node, network, live)
+        return self._node_view
 
     def network(self, node: str) -> NodeNetwork | None:
         """The addresses of a node, or None while it has no number in the cluster."""
@@ -333,6 +346,7 @@ class State:
 
 
 _NOTHING = Touched(frozenset(), nodes=False)
+_NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
     "nodes": (2,),

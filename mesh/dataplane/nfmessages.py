@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.dataplane.nfnetlink import (
     BRIDGE,
     CREATE,
-    FRAME,
+    HEADER_SIZE,
     INET,
     Message,
     attributes,
@@ -24,7 +24,7 @@ from mesh.dataplane.nfnetlink import (
 from mesh.rules.elements import MARK, SETS, SetSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mesh.dataplane.nfnetlink import Socket
     from mesh.rules.elements import ElementKey, Elements
@@ -68,19 +68,21 @@ class Layout:
         self._key_end = _HALF.pack(half, _KEY_END | _NESTED, self.key + 4, 1)
         self._data_pad = data_pad
         self._value = 12 + self.key + len(self._key_pad) + 8
-        self.name = text(1, TABLE) + text(2, spec.name)
+        self.head = generic(INET) + text(1, TABLE) + text(2, spec.name)
 
     def add(self, key: bytes, data: bytes) -> bytes:
         """An element to add."""
-        return self._head_add + self._spread(key) + self._middle + data + self._data_pad
+        if self.interval:
+            key = self._spread(key)
+        return self._head_add + key + self._middle + data + self._data_pad
 
     def remove(self, key: bytes) -> bytes:
         """An element to delete: the kernel wants its key alone."""
-        return self._head_remove + self._spread(key) + self._key_pad
+        if self.interval:
+            key = self._spread(key)
+        return self._head_remove + key + self._key_pad
 
     def _spread(self, key: bytes) -> bytes:
-        if not self.interval:
-            return key
         return key[: self.key] + self._key_pad + self._key_end + key[self.key :]
 
     def parse(self, found: bytes, start: int) -> tuple[bytes, bytes]:
@@ -108,7 +110,7 @@ class Chunk(NamedTuple):
 
     message: Message
     name: str
-    keys: tuple[bytes, ...]
+    keys: Sequence[bytes]
 
     def culprit(self, offset: int | None) -> ElementKey | None:
         """The element at `offset` in the message, or the only one there is."""
@@ -116,7 +118,7 @@ class Chunk(NamedTuple):
             return self.name, self.keys[0]
         if offset is None:
             return None
-        position = FRAME + len(LAYOUTS[self.name].name) + 4
+        position = HEADER_SIZE + len(LAYOUTS[self.name].head) + 4
         for (_, element), key in zip(
             attributes(self.message.body, position - 16), self.keys, strict=True
         ):
@@ -126,39 +128,33 @@ class Chunk(NamedTuple):
         return None
 
 
-def additions(name: str, items: Iterable[tuple[bytes, bytes]]) -> Iterator[Chunk]:
+def additions(name: str, items: Sequence[tuple[bytes, bytes]]) -> list[Chunk]:
     """The messages that add elements, (key, data) each, to a set."""
     add = LAYOUTS[name].add
-    return _chunks(_NEWSETELEM, CREATE, name, ((key, add(key, data)) for key, data in items))
+    keys = [key for key, _ in items]
+    return _chunks(_NEWSETELEM, CREATE, name, keys, [add(key, data) for key, data in items])
 
 
-def removals(name: str, keys: Iterable[bytes]) -> Iterator[Chunk]:
+def removals(name: str, keys: Sequence[bytes]) -> list[Chunk]:
     """The messages that delete elements from a set."""
     remove = LAYOUTS[name].remove
-    return _chunks(_DELSETELEM, 0, name, ((key, remove(key)) for key in keys))
+    return _chunks(_DELSETELEM, 0, name, keys, [remove(key) for key in keys])
 
 
 def _chunks(
-    kind: int, flags: int, name: str, packed: Iterable[tuple[bytes, bytes]]
-) -> Iterator[Chunk]:
-    keys: list[bytes] = []
-    parts: list[bytes] = []
-    size = 0
-    for key, part in packed:
-        if size + len(part) > _LIST_BYTES:
-            yield _chunk(kind, flags, name, keys, parts)
-            keys, parts, size = [], [], 0
-        keys.append(key)
-        parts.append(part)
-        size += len(part)
-    if keys:
-        yield _chunk(kind, flags, name, keys, parts)
-
-
-def _chunk(kind: int, flags: int, name: str, keys: list[bytes], parts: list[bytes]) -> Chunk:
-    listed = nested(_ELEMENTS, b"".join(parts))
-    body = b"".join((generic(INET), LAYOUTS[name].name, listed))
-    return Chunk(Message(kind, flags, body), name, tuple(keys))
+    kind: int, flags: int, name: str, keys: Sequence[bytes], parts: list[bytes]
+) -> list[Chunk]:
+    """One message, or as many as it takes: the elements of a set are all of one size."""
+    head = LAYOUTS[name].head
+    most = _LIST_BYTES // len(parts[0]) if parts else 1
+    return [
+        Chunk(
+            Message(kind, flags, head + nested(_ELEMENTS, b"".join(parts[start : start + most]))),
+            name,
+            keys[start : start + most],
+        )
+        for start in range(0, len(parts), most)
+    ]
 
 
 def delete_table(family: int) -> Message:

@@ -43,8 +43,6 @@ _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _BATCH_BODY: Final = struct.pack(">BBH", 0, 0, _SUBSYSTEM_NFTABLES)
 HEADER_SIZE: Final = _HEADER.size
-FRAME: Final = _HEADER.size + 4
-"""Bytes before the first attribute: nlmsghdr and nfgenmsg."""
 
 
 class Message(NamedTuple):

@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.dataplane import command, nfmessages
+from mesh.dataplane.nfmessages import additions, removals
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
@@ -148,9 +149,9 @@ class NftablesDriver:
         key, witness = elements.mark_bytes(2), self._witness()
         if witness is None or nfmessages.generation(self._socket) != generation:
             return
-        chunks = list(nfmessages.additions("fingerprint", [(key, elements.mark_bytes(witness))]))
+        chunks = additions("fingerprint", [(key, elements.mark_bytes(witness))])
         if self._loaded().witness is not None:
-            chunks = [*nfmessages.removals("fingerprint", [key]), *chunks]
+            chunks = [*removals("fingerprint", [key]), *chunks]
         self._socket.transact([chunk.message for chunk in chunks])
 
     async def read(self) -> Elements:
@@ -191,8 +192,8 @@ class NftablesDriver:
                 raise _explained(refused, orphans) from None
             there = nfmessages.read_elements(self._socket, {chunk.name for chunk in orphans})
             for chunk in orphans:
-                keys = (key for key in chunk.keys if (chunk.name, key) in there)
-                self._commit(list(nfmessages.removals(chunk.name, keys)))
+                keys = [key for key in chunk.keys if (chunk.name, key) in there]
+                self._commit(removals(chunk.name, keys))
 
     async def _add_sizes(self, sizes: frozenset[int]) -> None:
         before = nfmessages.generation(self._socket)
@@ -289,19 +290,28 @@ def _packed(delta: ElementDelta) -> tuple[list[Chunk], list[Chunk]]:
     gone: dict[str, list[bytes]] = {}
     orphans: dict[str, list[bytes]] = {}
     new: dict[str, list[tuple[bytes, bytes]]] = {}
+    targets, add = elements.TARGETS, delta.add
     for element in delta.remove:
         name, key = element
-        orphaned = name in elements.TARGETS and element not in delta.add
-        (orphans if orphaned else gone).setdefault(name, []).append(key)
-    for (name, key), data in delta.add.items():
-        new.setdefault(name, []).append((key, data))
-    chunks: list[Chunk] = []
-    for name in sorted(gone, key=elements.FRONTENDS.__contains__, reverse=True):
-        chunks += nfmessages.removals(name, gone[name])
-    for name in sorted(new, key=elements.FRONTENDS.__contains__):
-        chunks += nfmessages.additions(name, new[name])
-    late = [chunk for name, keys in orphans.items() for chunk in nfmessages.removals(name, keys)]
+        group = orphans if name in targets and element not in add else gone
+        if name in group:
+            group[name].append(key)
+        else:
+            group[name] = [key]
+    for (name, key), data in add.items():
+        if name in new:
+            new[name].append((key, data))
+        else:
+            new[name] = [(key, data)]
+    chunks = [c for name in _frontends_last(gone)[::-1] for c in removals(name, gone[name])]
+    chunks += [c for name in _frontends_last(new) for c in additions(name, new[name])]
+    late = [chunk for name, keys in orphans.items() for chunk in removals(name, keys)]
     return (chunks, late) if chunks else (late, [])
+
+
+def _frontends_last(names: Iterable[str]) -> list[str]:
+    frontends = elements.FRONTENDS
+    return sorted(names, key=frontends.__contains__)
 
 
 _REASONS: Final = {

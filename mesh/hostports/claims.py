@@ -87,9 +87,17 @@ class Claims:
             self._ingress[port] = service
         return frozenset(self._decide(port)) if port in self._claimants else frozenset()
 
+    def concern(self, service: str, spec: ServiceSpec | None) -> bool:
+        """Whether the service claims any host port, or did."""
+        if service in self._wanted:
+            return True
+        return spec is not None and any(p.mode is PublishMode.HOST for p in spec.ports)
+
     def granted(self, service: str) -> frozenset[HostClaim]:
         """The claims of a service that hold their port."""
-        claims = self._wanted.get(service, frozenset())
+        claims = self._wanted.get(service)
+        if claims is None:
+            return frozenset()
         return frozenset(claim for claim in claims if self._owner[claim] == claim)
 
     def refused(self, service: str) -> tuple[tuple[HostClaim, HostClaim], ...]:

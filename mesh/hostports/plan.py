@@ -22,6 +22,8 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
 
     A task that accepts no new connections has them refused.
     """
+    if not service.host_ports:
+        return ()
     tasks = {task.id: task for task in service.tasks if task.node == node.name}
     pools: defaultdict[tuple[str, int, Protocol], list[HostClaim]] = defaultdict(list)
     for claim in service.host_ports:

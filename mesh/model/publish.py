@@ -19,6 +19,8 @@ class Protocol(enum.Enum):
     TCP = "tcp"
     UDP = "udp"
 
+    __hash__ = object.__hash__  # a member is one object; Enum's own hash is a Python call
+
     @classmethod
     def _missing_(cls, value: object) -> Protocol | None:
         if isinstance(value, str) and value != value.lower():

@@ -5,7 +5,6 @@ Views are assembled by the agent's state for each plan; they hold no reference b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mesh.model.task import TaskState
@@ -26,8 +25,7 @@ class IngressPort(NamedTuple):
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceView:
+class ServiceView(NamedTuple):
     """One service: its spec, what is allocated to it, and its tasks, oldest first.
 
     `unhealthy` names the tasks whose node reports them as failing; `host_ports` are the tasks and
@@ -71,8 +69,7 @@ class PeerNode(NamedTuple):
     network: NodeNetwork
 
 
-@dataclass(frozen=True, slots=True)
-class NodeView:
+class NodeView(NamedTuple):
     """The node that plans: itself, and which nodes it believes alive (always itself too)."""
 
     name: str

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
-from mesh.model.publish import PROTOCOLS
+from mesh.model.publish import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,14 +95,21 @@ TARGETS: Final = frozenset(f"targets{family.suffix}" for family in FAMILIES)
 """The maps from such a mark and a slot to a backend."""
 
 
-def port_bytes(port: int) -> bytes:
-    """A port as a padded field."""
-    return port.to_bytes(2, "big") + b"\0\0"
+SLOT_BYTES: Final = tuple(struct.pack("=I", slot) for slot in range(1024))
+"""Every slot as a field, in host order."""
+
+PROTO_BYTES: Final = {protocol: bytes((protocol.number, 0, 0, 0)) for protocol in Protocol}
+"""Every protocol as a padded field."""
 
 
 def proto_bytes(number: int) -> bytes:
     """A protocol number as a padded field."""
     return bytes((number, 0, 0, 0))
+
+
+def port_bytes(port: int) -> bytes:
+    """A port as a padded field."""
+    return port.to_bytes(2, "big") + b"\0\0"
 
 
 def mark_bytes(value: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mesh.model.service import Affinity, Source
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
 
 class Scope(enum.Enum):
     """Where a frontend answers."""
+
+    __hash__ = object.__hash__  # a member is one object; Enum's own hash is a Python call
 
     VIP = "vip"
     """On one virtual address that no host has."""
@@ -42,8 +43,7 @@ class Backend(NamedTuple):
     weight: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Forwarding:
+class Forwarding(NamedTuple):
     """Frontends that share one pool.
 
     `key` is stable for the life of the pool ("service/target/protocol"); the engine derives the

@@ -24,6 +24,9 @@ _SHARED: Final = frozenset(spec.name for spec in elements.SETS.values() if spec.
 """Sets, without data: what several owners want is one element.  All other keys that come from
 records are frontends; the rest contain an id, which is unique."""
 
+_COMMON: Final = _SHARED | elements.FRONTENDS
+"""Sets in which several owners may want the same key."""
+
 
 class Ledger:
     """What every owner wants, and the elements that follow."""
@@ -38,16 +41,20 @@ class Ledger:
         """Replace what these owners want; the change to the kernel that follows from it."""
         total: Delta[ElementKey, bytes] = Delta({}, {})
         before: dict[ElementKey, bytes | None] = {}
+        changes = {}
         for owner, new in wanted.items():
             change = Delta.between(self._wishes(owner), new)
+            if not change:
+                continue
+            changes[owner] = change
             for part, settled in ((change.remove, total.remove), (change.add, total.add)):
                 for key, value in part.items():
-                    if key[0] in _SHARED or key[0] in elements.FRONTENDS:
+                    if key[0] in _COMMON:
                         before.setdefault(key, self._effective(key))
                     else:
                         settled[key] = value
-        for owner, new in wanted.items():
-            self._replace(owner, new)
+        for owner, change in changes.items():
+            self._replace(owner, wanted[owner], change)
         for key, old in before.items():
             now = self._effective(key)
             if now != old:
@@ -100,12 +107,13 @@ class Ledger:
             self._unpacked = owner, marshal.loads(packed) if packed is not None else {}
         return self._unpacked[1]
 
-    def _replace(self, owner: str, new: Elements) -> None:
-        old = self._wishes(owner)
-        for key in old.keys() - new.keys():
-            self._drop(key, owner)
-        for key in new.keys() - old.keys():
-            self._claim(key, owner)
+    def _replace(self, owner: str, new: Elements, change: Delta[ElementKey, bytes]) -> None:
+        for key in change.remove:
+            if key[0] in _COMMON and key not in change.add:
+                self._drop(key, owner)
+        for key in change.add:
+            if key[0] in _COMMON and key not in change.remove:
+                self._claim(key, owner)
         self._unpacked = ("", {})
         if new:
             self._packed[owner] = marshal.dumps(new)

@@ -31,13 +31,15 @@ class Mark(NamedTuple):
     @property
     def value(self) -> int:
         """The mark as the kernel has it."""
-        return (
-            id_bits(self.id)
-            | OURS
-            | (HASH if self.hashed else 0)
-            | (STAY if self.stays else 0)
-            | self.slots
-        )
+        return frontend(self.id, self.slots, self.hashed, self.stays)
+
+
+def frontend(frontend_id: int, slots: int, hashed: bool, stays: bool) -> int:
+    """A frontend's mark."""
+    mark = id_bits(frontend_id) | OURS | slots
+    if hashed:
+        mark |= HASH
+    return mark | STAY if stays else mark
 
 
 def id_bits(frontend_id: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
-from mesh.model.address import FAMILIES, Family
+from mesh.model.address import FAMILIES, Family, family_of, packed
 from mesh.model.service import Affinity, Source
 from mesh.rules import elements, marks, slots
+from mesh.rules.elements import port_bytes
 from mesh.rules.forwarding import Scope
 
 if TYPE_CHECKING:
@@ -27,57 +28,70 @@ _MAPS = {
 }
 
 
+class _Sets(NamedTuple):
+    """The names of one family's sets, made once."""
+
+    family: Family
+    maps: dict[Scope, str]
+    targets: str
+    known: str
+    hairpin: str
+
+
+_SETS: Final = tuple(
+    _Sets(
+        family,
+        {scope: name + family.suffix for scope, name in _MAPS.items()},
+        *(name + family.suffix for name in ("targets", "known", "hairpin")),
+    )
+    for family in FAMILIES
+)
+
+
+_HAIRPINS: Final = {sets.family: sets.hairpin for sets in _SETS}
+
+
 def lower(forwarding: Forwarding, ids: Ids) -> Elements:
     """Everything the kernel must hold for one forwarding, in both families."""
     number = ids.of(forwarding.key)
     found: Elements = {}
-    for family in FAMILIES:
-        frontends = [f for f in forwarding.frontends if _speaks(f, family)]
-        if not frontends:
-            continue
-        backends = [b for b in forwarding.backends if address.family_of(b.address) is family]
-        _lower_family(found, forwarding, number, family, frontends, backends)
+    for sets in _SETS:
+        family = sets.family
+        frontends = [
+            f for f in forwarding.frontends if f.address is None or family_of(f.address) is family
+        ]
+        if frontends:
+            backends = [b for b in forwarding.backends if family_of(b.address) is family]
+            mark, pool = _pool(forwarding, number, backends)
+            _lower_frontends(found, sets, frontends, mark)
+            targets = sets.targets
+            for slot, (host, port, _) in zip(elements.SLOT_BYTES, pool, strict=False):
+                found[targets, mark + slot] = packed(host) + port_bytes(port)
     if forwarding.allow:
         _lower_allow(found, forwarding, number)
     return found
 
 
-def _speaks(frontend: Frontend, family: Family) -> bool:
-    return frontend.address is None or address.family_of(frontend.address) is family
-
-
-def _lower_family(
-    found: Elements,
-    forwarding: Forwarding,
-    number: int,
-    family: Family,
-    frontends: Iterable[Frontend],
-    backends: list[Backend],
-) -> None:
+def _pool(
+    forwarding: Forwarding, number: int, backends: list[Backend]
+) -> tuple[bytes, list[Backend]]:
+    """The mark of a pool's frontends in one family, and the backend in each of its slots."""
     affine = forwarding.affinity is Affinity.CLIENT_IP
     pool = slots.hashed(backends) if affine else slots.weighted(backends)
-    mark = elements.mark_bytes(
-        marks.Mark(
-            id=number,
-            slots=len(pool),
-            hashed=affine and bool(pool),
-            stays=forwarding.source is Source.MASQUERADE,
-        ).value
-    )
-    end = family.suffix
-    for frontend in frontends:
-        key = elements.proto_bytes(frontend.protocol.number) + elements.port_bytes(frontend.port)
-        if frontend.address is not None:
-            host = address.packed(frontend.address)
-            key = host + key
-            if frontend.scope is Scope.VIP:
-                found["known" + end, host] = b""
-        found[_MAPS[frontend.scope] + end, key] = mark
-    targets = "targets" + end
-    for slot, backend in enumerate(pool):
-        found[targets, mark + elements.mark_bytes(slot)] = address.packed(
-            backend.address
-        ) + elements.port_bytes(backend.port)
+    stays = forwarding.source is Source.MASQUERADE
+    hashed = affine and bool(pool)
+    return elements.mark_bytes(marks.frontend(number, len(pool), hashed, stays)), pool
+
+
+def _lower_frontends(found: Elements, sets: _Sets, frontends: list[Frontend], mark: bytes) -> None:
+    for scope, host, protocol, port in frontends:
+        key = elements.PROTO_BYTES[protocol] + port_bytes(port)
+        if host is not None:
+            at = packed(host)
+            key = at + key
+            if scope is Scope.VIP:
+                found[sets.known, at] = b""
+        found[sets.maps[scope], key] = mark
 
 
 def _lower_allow(found: Elements, forwarding: Forwarding, number: int) -> None:
@@ -94,14 +108,12 @@ def _lower_allow(found: Elements, forwarding: Forwarding, number: int) -> None:
 
 def lower_hairpins(addresses: Iterable[str]) -> Elements:
     """Local replicas, so that one which reaches itself through a frontend gets an answer."""
-    return {
-        (f"hairpin{address.family_of(a).suffix}", address.packed(a) * 2): b"" for a in addresses
-    }
+    return {(_HAIRPINS[family_of(a)], packed(a) * 2): b"" for a in addresses}
 
 
 def lower_nodes(addresses: Iterable[str]) -> Elements:
     """Addresses of nodes: underlay, secondary and overlay."""
-    return {(f"nodes{address.family_of(a).suffix}", address.packed(a)): b"" for a in addresses}
+    return {(f"nodes{family_of(a).suffix}", packed(a)): b"" for a in addresses}
 
 
 def lower_peer(network: NodeNetwork) -> Elements:
@@ -139,12 +151,10 @@ def adopt(forwardings: Iterable[Forwarding], actual: Elements, ids: Ids) -> None
 def _frontend_keys(forwarding: Forwarding) -> Iterator[tuple[str, bytes]]:
     for frontend in forwarding.frontends:
         for family in FAMILIES:
-            if _speaks(frontend, family):
+            if frontend.address is None or family_of(frontend.address) is family:
                 yield _MAPS[frontend.scope] + family.suffix, _frontend_key(frontend)
 
 
 def _frontend_key(frontend: Frontend) -> bytes:
-    host = b"" if frontend.address is None else address.packed(frontend.address)
-    return (
-        host + elements.proto_bytes(frontend.protocol.number) + elements.port_bytes(frontend.port)
-    )
+    host = b"" if frontend.address is None else packed(frontend.address)
+    return host + elements.PROTO_BYTES[frontend.protocol] + port_bytes(frontend.port)

@@ -29,10 +29,11 @@ def weighted(backends: Sequence[Backend]) -> list[Backend]:
     Weights are divided by their common divisor.  Where that still leaves more than 1023 slots,
     they are scaled down to fit, and no backend of positive weight is left out.
     """
-    live = sorted(b for b in backends if b.weight > 0)
-    if not live:
-        return []
-    divisor = reduce(gcd, (b.weight for b in live))
+    live = sorted([b for b in backends if b.weight > 0])
+    weights = {b.weight for b in live}
+    if len(weights) <= 1:
+        return live[:MAX_SLOTS]
+    divisor = reduce(gcd, weights)
     counts = [b.weight // divisor for b in live]
     if sum(counts) > MAX_SLOTS:
         live = live[:MAX_SLOTS]

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def eligible(service: ServiceView, node: NodeView) -> tuple[Task, ...]:
     """Every task of the cluster that may be given new connections: it accepts, its node lives."""
-    return tuple(task for task in service.tasks if task.node in node.live and service.accepts(task))
+    live, accepts = node.live, service.accepts
+    return tuple([task for task in service.tasks if task.node in live and accepts(task)])
 
 
 def preferred(tasks: tuple[Task, ...], prefer: Prefer, node: NodeView) -> tuple[Task, ...]:

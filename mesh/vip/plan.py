@@ -32,9 +32,10 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     tasks = eligibility.eligible(service, node)
     chosen = eligibility.preferred(tasks, service.spec.prefer, node)
     published = _published(service)
+    vips = sorted(service.vips)
     found: list[Forwarding] = []
     for target, protocol in _targets(service.spec):
-        vip = [Frontend(Scope.VIP, address, protocol, target) for address in sorted(service.vips)]
+        vip = [Frontend(Scope.VIP, address, protocol, target) for address in vips]
         ports = sorted(published.get((target, protocol), ()))
         key = f"{service.spec.name}/{target}/{protocol.value}"
         if service.spec.prefer is Prefer.LOCAL_ONLY:
@@ -50,6 +51,8 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
 def _targets(spec: ServiceSpec) -> list[tuple[int, Protocol]]:
     """The distinct targets of a spec; several published ports to one target share a pool."""
     pairs = {(port.target, port.protocol) for port in spec.ports}
+    if len(pairs) == 1:
+        return list(pairs)
     return sorted(pairs, key=lambda pair: (pair[0], pair[1].value))
 
 
@@ -73,13 +76,12 @@ def _published(service: ServiceView) -> Mapping[tuple[int, Protocol], set[int]]:
 
 
 def _backends(tasks: Iterable[Task], target: int) -> tuple[Backend, ...]:
-    return tuple(
-        sorted(
-            Backend(address, target, task.weight)
-            for task in tasks
-            for address in one_per_family(task.addresses)
-        )
-    )
+    backends = [
+        Backend(address, target, task.weight)
+        for task in tasks
+        for address in one_per_family(task.addresses)
+    ]
+    return tuple(sorted(backends))
 
 
 def _forwarding(

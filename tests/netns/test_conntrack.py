@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -49,7 +49,7 @@ def service(port: int, replicas: Sequence[str], protocol: Protocol = UDP) -> For
 
 def with_vip(forwarding: Forwarding) -> Forwarding:
     vips = (Frontend(Scope.VIP, vip, UDP, 53) for vip in VIPS)
-    return replace(forwarding, frontends=(*forwarding.frontends, *vips))
+    return forwarding._replace(frontends=(*forwarding.frontends, *vips))
 
 
 class Client:
@@ -229,7 +229,7 @@ def test_a_withdrawn_port_leaves_the_flows_to_the_vip_alone(world: World, family
     to_vip = world.clients_of(of(VIPS, family), 53, namespace="c2")["c1"]
     before = world.flow(to_vip)
 
-    world.change(replace(web, frontends=web.frontends[1:]))
+    world.change(web._replace(frontends=web.frontends[1:]))
 
     assert to_port.ask() == REFUSED
     assert before is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.dataplane import nfmessages
-from mesh.dataplane.nfnetlink import FRAME, Message, Refused, Socket
+from mesh.dataplane.nfnetlink import HEADER_SIZE, Message, Refused, Socket
 from mesh.rules import elements
 from tests.support import rules
 
@@ -87,7 +87,7 @@ def test_an_error_at_an_offset_means_the_element_there(name: str) -> None:
     start = body.index(next(iter(wanted))[1][: nfmessages.LAYOUTS[name].key]) - 12
     size = (len(body) - start) // 4
 
-    found = [chunk.culprit(start + size * index + FRAME - 4) for index in range(4)]
+    found = [chunk.culprit(start + size * index + HEADER_SIZE) for index in range(4)]
 
     assert found == list(wanted)
     assert chunk.culprit(None) is None

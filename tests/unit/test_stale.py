@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -60,7 +59,7 @@ def _end(text: str) -> Endpoint:
 
 def without(forwarding: Forwarding, *addresses: str) -> Forwarding:
     left = tuple(b for b in forwarding.backends if b.address not in addresses)
-    return replace(forwarding, backends=left)
+    return forwarding._replace(backends=left)
 
 
 def forgotten(flows: list[Flow], wanted: tuple[Stale, ...]) -> list[Flow]:
@@ -88,10 +87,10 @@ def test_flows_of_a_backend_that_left_are_stale_and_no_others() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        replace(WEB, backends=(*POOL, Backend("10.0.1.4", 53))),
-        replace(WEB, backends=tuple(b._replace(weight=i + 1) for i, b in enumerate(POOL))),
-        replace(WEB, affinity=Affinity.CLIENT_IP),
-        replace(WEB, allow=("192.0.2.0/24",)),
+        WEB._replace(backends=(*POOL, Backend("10.0.1.4", 53))),
+        WEB._replace(backends=tuple(b._replace(weight=i + 1) for i, b in enumerate(POOL))),
+        WEB._replace(affinity=Affinity.CLIENT_IP),
+        WEB._replace(allow=("192.0.2.0/24",)),
     ],
     ids=["grown", "weighted", "affine", "limited"],
 )
@@ -101,10 +100,10 @@ def test_nothing_is_forgotten_while_every_backend_stays(changed: Forwarding) -> 
 
 def test_a_backend_that_loses_some_of_its_slots_keeps_its_flows() -> None:
     pool = (Backend("10.0.1.1", 53, weight=3), Backend("10.0.1.2", 53, weight=1))
-    node = Node(replace(WEB, backends=pool, affinity=Affinity.CLIENT_IP))
+    node = Node(WEB._replace(backends=pool, affinity=Affinity.CLIENT_IP))
 
     more = (*pool, Backend("10.0.1.3", 53))
-    wanted = node.change(replace(WEB, backends=more, affinity=Affinity.CLIENT_IP))
+    wanted = node.change(WEB._replace(backends=more, affinity=Affinity.CLIENT_IP))
 
     assert wanted == ()
 
@@ -113,7 +112,7 @@ def test_a_service_without_backends_loses_all_its_flows_at_once() -> None:
     node = Node(WEB, OTHER)
     flows = [node.flow(WEB.key, b.address) for b in POOL]
 
-    wanted = node.change(replace(WEB, backends=()), OTHER)
+    wanted = node.change(WEB._replace(backends=()), OTHER)
 
     assert len(wanted) == 1
     assert forgotten([*flows, node.flow(OTHER.key)], wanted) == flows
@@ -145,7 +144,7 @@ def test_a_port_that_is_not_published_any_more_loses_its_flows() -> None:
         node.flow(WEB.key, destination="10.1.0.1:53"),
     ]
 
-    wanted = node.change(replace(WEB, frontends=(VIP, VIP6)))
+    wanted = node.change(WEB._replace(frontends=(VIP, VIP6)))
 
     assert forgotten(flows, wanted) == flows[:1]
 
@@ -154,18 +153,18 @@ def test_a_port_that_now_belongs_to_another_service_loses_its_flows() -> None:
     node = Node(WEB)
     flows = [node.flow(WEB.key), node.flow(WEB.key, destination="10.1.0.1:53")]
 
-    heir = replace(OTHER, frontends=(PORT,))
-    wanted = node.change(replace(WEB, frontends=(VIP, VIP6)), heir)
+    heir = OTHER._replace(frontends=(PORT,))
+    wanted = node.change(WEB._replace(frontends=(VIP, VIP6)), heir)
 
     assert forgotten(flows, wanted) == flows[:1]
 
 
 def test_a_tcp_service_is_left_to_drain() -> None:
-    web = replace(WEB, frontends=(PORT._replace(protocol=TCP), VIP._replace(protocol=TCP)))
+    web = WEB._replace(frontends=(PORT._replace(protocol=TCP), VIP._replace(protocol=TCP)))
     node = Node(web)
 
     assert node.change(without(web, "10.0.1.1")) == ()
-    assert node.change(replace(web, backends=())) == ()
+    assert node.change(web._replace(backends=())) == ()
     assert node.change() == ()
 
 
@@ -184,13 +183,13 @@ def test_flows_that_began_before_their_port_was_published_are_forgotten(
         bare._replace(destination=_end(other)),
     ]
 
-    wanted = node.change(OTHER, replace(WEB, frontends=(frontend,)))
+    wanted = node.change(OTHER, WEB._replace(frontends=(frontend,)))
 
     assert forgotten([bare, from_container, *kept], wanted) == [bare, from_container]
 
 
 def test_backends_for_a_port_that_refused_forget_nothing() -> None:
-    node = Node(replace(WEB, backends=()))
+    node = Node(WEB._replace(backends=()))
 
     assert node.change(WEB) == ()
 
