@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from mesh.dataplane.nfnetlink import (
     BRIDGE,
@@ -24,10 +24,12 @@ from mesh.dataplane.nfnetlink import (
 from mesh.rules.elements import MARK, SETS, SetSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from mesh.dataplane.nfnetlink import Socket
     from mesh.rules.elements import ElementKey, Elements
+
+K = TypeVar("K")
 
 TABLE: Final = "mesh"
 
@@ -68,6 +70,9 @@ class Layout:
         self._key_end = _HALF.pack(half, _KEY_END | _NESTED, self.key + 4, 1)
         self._data_pad = data_pad
         self._value = 12 + self.key + len(self._key_pad) + 8
+        row = f"=H10x{self.key}s{len(self._middle)}x{self.data}s{len(data_pad)}x"
+        self._row = None if self.interval else struct.Struct(row)
+        self._name = spec.name
         self.head = generic(INET) + text(1, TABLE) + text(2, spec.name)
 
     def add(self, key: bytes, data: bytes) -> bytes:
@@ -85,7 +90,26 @@ class Layout:
     def _spread(self, key: bytes) -> bytes:
         return key[: self.key] + self._key_pad + self._key_end + key[self.key :]
 
-    def parse(self, found: bytes, start: int) -> tuple[bytes, bytes]:
+    def parse(self, listed: bytes) -> Iterable[tuple[ElementKey, bytes]]:
+        """A list of elements, as the kernel dumps it.
+
+        Those of ours all have one length, and are taken apart in one go.
+        """
+        name, row = self._name, self._row
+        if row is not None and len(listed) % row.size == 0:
+            rows = list(row.iter_unpack(listed))
+            if {length for length, _, _ in rows} <= {row.size}:
+                return [((name, key), data) for _, key, data in rows]
+        return self._parse_each(listed)
+
+    def _parse_each(self, listed: bytes) -> Iterator[tuple[ElementKey, bytes]]:
+        start, end = 0, len(listed)
+        while start < end:
+            key, data = self._parse_one(listed, start)
+            yield (self._name, key), data
+            start += _length(listed, start) + 3 & ~3
+
+    def _parse_one(self, found: bytes, start: int) -> tuple[bytes, bytes]:
         """Key and data of the element at `start`, as the kernel dumps it."""
         key = found[start + 12 : start + 12 + self.key]
         value = start + self._value
@@ -166,41 +190,36 @@ def read_elements(socket: Socket, names: Iterable[str]) -> Elements:
     """What the sets `names` hold.  Raises OSError (ENOENT: no such set)."""
     found: Elements = {}
     for name in names:
-        for key, data in _read_set(socket, name, LAYOUTS[name].parse).items():
-            found[name, key] = data
+        found.update(_read_set(socket, name, LAYOUTS[name].parse))
     return found
 
 
 def raw_elements(socket: Socket, name: str) -> list[bytes]:
     """The elements of any set of ours as the kernel tells them.  Raises OSError."""
-    return sorted(_read_set(socket, name, _parse_raw))
+    return sorted(_read_set(socket, name, _raw))
 
 
-def _parse_raw(listed: bytes, start: int) -> tuple[bytes, bytes]:
-    return listed[start + 4 : start + _length(listed, start)], b""
+def _raw(listed: bytes) -> Iterator[tuple[bytes, bytes]]:
+    return ((element, b"") for _, element in attributes(listed))
 
 
 def _read_set(
-    socket: Socket, name: str, parse: Callable[[bytes, int], tuple[bytes, bytes]]
-) -> dict[bytes, bytes]:
+    socket: Socket, name: str, parse: Callable[[bytes], Iterable[tuple[K, bytes]]]
+) -> dict[K, bytes]:
     """The elements of a set, each as `parse` has it.
 
     While the kernel grows a hash table, a dump may tell some elements twice and miss as many (seen
     after 10 000 additions, 6.18); it is taken again until each is told once.
     """
     request = Message(_GETSETELEM, 0, generic(INET) + text(1, TABLE) + text(2, name))
-    found: dict[bytes, bytes] = {}
+    found: dict[K, bytes] = {}
     for _ in range(_DUMP_ATTEMPTS):
         told = 0
         found = {}
         for answer in socket.dump(request):
-            listed = dict(attributes(answer, 4)).get(_ELEMENTS, b"")
-            start, end = 0, len(listed)
-            while start < end:
-                key, data = parse(listed, start)
-                found[key] = data
-                told += 1
-                start += _length(listed, start) + 3 & ~3
+            elements = list(parse(dict(attributes(answer, 4)).get(_ELEMENTS, b"")))
+            found.update(elements)
+            told += len(elements)
         if told == len(found):
             break
     return found

@@ -67,8 +67,12 @@ class Ledger:
     def elements(self) -> Elements:
         """Everything the kernel should hold."""
         found: Elements = {}
-        for owner in self._packed:
-            found |= self.held_by(owner)
+        for packed in self._packed.values():
+            found.update(marshal.loads(packed))
+        for short, claim in self._claims.items():
+            if isinstance(claim, list):
+                key = _long(short)
+                found[key] = self._wishes(min(claim))[key]
         return found
 
     def held_by(self, owner: str) -> Elements:
