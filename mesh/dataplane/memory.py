@@ -45,8 +45,8 @@ class MemoryDriver:
         for key, data in delta.add.items():
             if len(key[1]) != _width(key[0]) or len(data) != _data_width(key[0]):
                 raise _refused(key, "has the wrong size")
-            if changed.get(key, data) != data or _overlaps(key, changed):
-                raise _refused(key, "exists already with other data, or overlaps")
+            if changed.get(key, data) != data:
+                raise _refused(key, "exists already with other data")
             changed[key] = data
         self._elements = changed
 
@@ -78,21 +78,8 @@ def _refused(key: ElementKey, reason: str) -> ApplyFailed:
 
 def _width(name: str) -> int:
     spec = elements.SETS[name]
-    return sum(part.width for part in spec.key) * (2 if spec.interval else 1)
+    return sum(part.width for part in spec.key)
 
 
 def _data_width(name: str) -> int:
     return sum(part.width for part in elements.SETS[name].data)
-
-
-def _overlaps(key: ElementKey, others: Elements) -> bool:
-    """Whether another range of the same set shares a value with this one."""
-    name, text = key
-    if not elements.SETS[name].interval:
-        return False
-    half = len(text) // 2
-    return any(
-        other[:half] <= text[half:] and text[:half] <= other[half:]
-        for at, other in others
-        if at == name and other != text
-    )

@@ -38,7 +38,7 @@ _GETTABLE, _DELTABLE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
 _GETGEN = _SUBSYSTEM | 16
 _GETCHAIN, _GETRULE = _SUBSYSTEM | 4, _SUBSYSTEM | 7
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSYSTEM | 14
-_KEY, _DATA, _KEY_END = 1, 2, 10
+_KEY, _DATA = 1, 2
 _NESTED: Final = 0x8000
 _ELEMENTS: Final = 3
 _DUMP_ATTEMPTS: Final = 20
@@ -55,40 +55,30 @@ class Layout:
     def __init__(self, spec: SetSpec) -> None:
         self.key = sum(part.width for part in spec.key)
         self.data = sum(part.width for part in spec.data)
-        self.interval = spec.interval
         self._key_pad, data_pad = b"\0" * (-self.key & 3), b"\0" * (-self.data & 3)
-        half = 8 + self.key + len(self._key_pad)
-        keys = half * (2 if self.interval else 1)
+        keys = 8 + self.key + len(self._key_pad)
         whole = 4 + keys + (8 + self.data + len(data_pad) if self.data else 0)
-        start = (half, _KEY | _NESTED, self.key + 4, 1)
+        start = (keys, _KEY | _NESTED, self.key + 4, 1)
         self._head_add = _ONE.pack(whole, 1 | _NESTED, *start)
         self._head_remove = _ONE.pack(4 + keys, 1 | _NESTED, *start)
         self._middle = self._key_pad
         if self.data:
             size = 8 + self.data + len(data_pad)
             self._middle += _HALF.pack(size, _DATA | _NESTED, self.data + 4, 1)
-        self._key_end = _HALF.pack(half, _KEY_END | _NESTED, self.key + 4, 1)
         self._data_pad = data_pad
         self._value = 12 + self.key + len(self._key_pad) + 8
         row = f"=H10x{self.key}s{len(self._middle)}x{self.data}s{len(data_pad)}x"
-        self._row = None if self.interval else struct.Struct(row)
+        self._row = struct.Struct(row)
         self._name = spec.name
         self.head = generic(INET) + text(1, TABLE) + text(2, spec.name)
 
     def add(self, key: bytes, data: bytes) -> bytes:
         """An element to add."""
-        if self.interval:
-            key = self._spread(key)
         return self._head_add + key + self._middle + data + self._data_pad
 
     def remove(self, key: bytes) -> bytes:
         """An element to delete: the kernel wants its key alone."""
-        if self.interval:
-            key = self._spread(key)
         return self._head_remove + key + self._key_pad
-
-    def _spread(self, key: bytes) -> bytes:
-        return key[: self.key] + self._key_pad + self._key_end + key[self.key :]
 
     def parse(self, listed: bytes) -> Iterable[tuple[ElementKey, bytes]]:
         """A list of elements, as the kernel dumps it.
@@ -96,7 +86,7 @@ class Layout:
         Those of ours all have one length, and are taken apart in one go.
         """
         name, row = self._name, self._row
-        if row is not None and len(listed) % row.size == 0:
+        if len(listed) % row.size == 0:
             rows = list(row.iter_unpack(listed))
             if {length for length, _, _ in rows} <= {row.size}:
                 return [((name, key), data) for _, key, data in rows]
@@ -105,19 +95,9 @@ class Layout:
     def _parse_each(self, listed: bytes) -> Iterator[tuple[ElementKey, bytes]]:
         start, end = 0, len(listed)
         while start < end:
-            key, data = self._parse_one(listed, start)
-            yield (self._name, key), data
+            key, value = start + 12, start + self._value
+            yield (self._name, listed[key : key + self.key]), listed[value : value + self.data]
             start += _length(listed, start) + 3 & ~3
-
-    def _parse_one(self, found: bytes, start: int) -> tuple[bytes, bytes]:
-        """Key and data of the element at `start`, as the kernel dumps it."""
-        key = found[start + 12 : start + 12 + self.key]
-        value = start + self._value
-        if not self.interval:
-            return key, found[value : value + self.data]
-        end = dict(attributes(found[start + 4 : start + _length(found, start)])).get(_KEY_END)
-        # An element that somebody else added as a single address has no end.
-        return key + (end[4 : 4 + self.key] if end else key), b""
 
 
 def _length(data: bytes, start: int) -> int:

@@ -315,7 +315,7 @@ def _frontends_last(names: Iterable[str]) -> list[str]:
 
 
 _REASONS: Final = {
-    errno.EEXIST: "exists already with other data, or overlaps",
+    errno.EEXIST: "exists already with other data",
     errno.ENOENT: "does not exist",
 }
 

@@ -137,6 +137,13 @@ def nth_subnet(prefix: str, new_bits: int, index: int) -> str:
     return f"{type(network.network_address)(base)}/{new_bits}"
 
 
+def cut(prefix: str, lengths: range) -> tuple[str, ...]:
+    """The prefixes of the next of `lengths` (ascending) that make up `prefix`."""
+    network = ipaddress.ip_network(prefix)
+    length = next(length for length in lengths if length >= network.prefixlen)
+    return tuple(str(part) for part in network.subnets(new_prefix=length))
+
+
 def prefix_length(prefix: str) -> int:
     """The number after the slash."""
     return int(prefix.rpartition("/")[2])

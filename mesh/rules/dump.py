@@ -170,7 +170,7 @@ def _element(listed: tuple[str, str, str]) -> tuple[elements.ElementKey, bytes]:
     spec = elements.SETS.get(name)
     if spec is None:
         raise ValueError(f"no set {name!r}: the dump is of another version")
-    width = sum(part.width for part in spec.key) * (2 if spec.interval else 1)
+    width = sum(part.width for part in spec.key)
     if (len(key), len(data)) != (width, sum(part.width for part in spec.data)):
         raise ValueError(f"element {listed[1]!r} of {name} has the wrong size")
     return (name, key), data
@@ -219,6 +219,6 @@ def _frontend(element: tuple[elements.ElementKey, bytes]) -> int | None:
     if name in elements.FRONTENDS:
         return marks.parse(elements.mark_of(data)).id
     spec = elements.SETS[name]
-    if spec.key[0] in (elements.MARK, elements.MARK_BE):
+    if spec.key[0] is elements.MARK:
         return marks.parse(int(spec.key[0].show(key[:4]), 16)).id
     return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import PROTOCOLS, Protocol
+from mesh.rules import marks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,7 +43,6 @@ ADDRESS: Final = {
 PROTO: Final = Part("inet_proto", 4, _protocol)
 PORT: Final = Part("inet_service", 4, lambda data: str(int.from_bytes(data[:2], "big")))
 MARK: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('=I', data)[0]:x}")
-MARK_BE: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('>I', data)[0]:x}")
 SLOT: Final = Part("slot", 4, lambda data: str(struct.unpack("=I", data)[0]))
 ETHER: Final = Part("ether_addr", 6, lambda data: data.hex(":"))
 ZONE: Final = Part("ct zone", 2, lambda data: str(struct.unpack("=H", data[:2])[0]))
@@ -56,7 +56,6 @@ class SetSpec:
     key: tuple[Part, ...]
     data: tuple[Part, ...] = ()
     shared: bool = False
-    interval: bool = False
 
 
 def _specs() -> dict[str, SetSpec]:
@@ -75,7 +74,7 @@ def _specs() -> dict[str, SetSpec]:
             SetSpec(f"ports{end}", (PROTO, PORT), (MARK,)),
             SetSpec(f"targets{end}", (MARK, SLOT), (host, PORT)),
             SetSpec(f"known{end}", (host,), shared=True),
-            SetSpec(f"allow{end}", (MARK_BE, host), interval=True),
+            SetSpec(f"allow{end}", (MARK, host)),
             SetSpec(f"hairpin{end}", (host, host), shared=True),
         ]
     return {spec.name: spec for spec in specs}
@@ -122,6 +121,26 @@ def mark_of(data: bytes) -> int:
     return int(struct.unpack("=I", data)[0])
 
 
+PREFIX_LENGTHS: Final = {family: range(0, family.bits + 1, 4) for family in FAMILIES}
+"""The lengths of prefixes that the program looks up, one after the other; others are cut."""
+
+
+def allow_key(bits: int, prefix: str) -> ElementKey:
+    """A range of an allow list: the frontend's id bits and the prefix's length, and the prefix.
+
+    Hashed: the kernel's interval sets copy themselves at every change, 17 ms at 10 000 ranges.
+    """
+    host, _, length = prefix.partition("/")
+    name = f"allow{address.family_of(prefix).suffix}"
+    return name, mark_bytes(bits | int(length)) + address.packed(host)
+
+
+def allow_range(key: ElementKey) -> tuple[int, str]:
+    """The id bits and the prefix of such an element."""
+    mark = mark_of(key[1][:4])
+    return mark & marks.ID_MASK, f"{address.unpacked(key[1][4:])}/{mark & marks.MAX_SLOTS}"
+
+
 def ether_bytes(mac: str) -> bytes:
     """A MAC address as a key: alone in its set, so not padded."""
     return bytes.fromhex(mac.replace(":", ""))
@@ -143,10 +162,7 @@ def _show(parts: tuple[Part, ...], data: bytes) -> str:
 def describe(key: ElementKey, data: bytes | None = None) -> str:
     """An element as nft would print it: "vips4 { 10.1.0.1 . tcp . 80 : 0x10c03 }"."""
     spec = SETS[key[0]]
-    width = sum(part.width for part in spec.key)
-    shown = _show(spec.key, key[1][:width])
-    if spec.interval:
-        shown += f" - {_show(spec.key[-1:], key[1][-spec.key[-1].width :])}"
+    shown = _show(spec.key, key[1])
     if spec.data and data is not None:
         shown += f" : {_show(spec.data, data)}"
     return f"{spec.name} {{ {shown} }}"

@@ -84,19 +84,16 @@ def create_allow(name: str) -> str:
 def allow_of(key: ElementKey) -> str:
     """The ipset of an element of `allow4` or `allow6`."""
     family = Family(int(key[0][-1]))
-    return allow_name(family, int.from_bytes(key[1][:4], "big"))
+    return allow_name(family, elements.allow_range(key)[0])
 
 
 def is_prefix(key: ElementKey) -> bool:
-    """Whether the range of an allow element is one prefix; others do not come from records."""
-    low, high = _range(key)
-    span = low ^ high
-    return not span & (span + 1) and not low & span
-
-
-def _range(key: ElementKey) -> tuple[int, int]:
-    half = len(key[1]) // 2
-    return int.from_bytes(key[1][4:half], "big"), int.from_bytes(key[1][half + 4 :], "big")
+    """Whether an allow element is one that ipset can hold; others do not come from records."""
+    try:
+        ipaddress.ip_network(elements.allow_range(key)[1])
+    except ValueError:
+        return False
+    return True
 
 
 def additions(key: ElementKey, data: bytes) -> list[str]:
@@ -126,10 +123,9 @@ def _entries(key: ElementKey) -> tuple[str, tuple[str, ...]]:
     name, data = key
     family = Family(int(name[-1]))
     if name.startswith("allow"):
-        low, high = _range(key)
-        length = family.bits - (low ^ high).bit_length()
-        prefix = f"{address.unpacked(low.to_bytes(family.bits // 8, 'big'))}/{length}"
-        return allow_of(key), (prefix,) if length else _HALVES[family]
+        bits, prefix = elements.allow_range(key)
+        entries = _HALVES[family] if prefix == _ALL[family] else (prefix,)
+        return allow_name(family, bits), entries
     width = family.bits // 8
     if name not in elements.FRONTENDS:
         return set_name(name), (address.unpacked(data[:width]),)
@@ -154,8 +150,7 @@ def parse(text: str) -> tuple[Elements, set[str]]:
         elif name == CANARY:
             names.add(f"{CANARY} {words[0]}")
         elif allow := _ALLOW.fullmatch(name):
-            key = _range_key(Family(int(allow[1])), int(allow[2], 16), words[0])
-            found[key] = b""
+            found[_allow_key(Family(int(allow[1])), int(allow[2], 16), words[0])] = b""
         else:
             _parse_entry(found, name[5:], words)
     for name in names:
@@ -169,21 +164,19 @@ def is_whole(names: set[str]) -> bool:
     return {*map(set_name, KEPT), CANARY, f"{CANARY} 127.0.0.1"} <= names
 
 
-def _range_key(family: Family, mark: int, prefix: str) -> ElementKey:
-    network = ipaddress.ip_network(prefix)
-    bits = mark.to_bytes(4, "big")
-    key = bits + network[0].packed + bits + network[-1].packed
-    return f"allow{family.suffix}", key
+def _allow_key(family: Family, bits: int, entry: str) -> ElementKey:
+    """The element of an entry; ipset shows a prefix of one address without a length."""
+    return elements.allow_key(bits, entry if "/" in entry else f"{entry}/{family.bits}")
 
 
 def _join_halves(found: Elements, allow: re.Match[str]) -> None:
     """Two halves of a list are everything; one alone is a range like any other."""
     family, mark = Family(int(allow[1])), int(allow[2], 16)
-    halves = [_range_key(family, mark, half) for half in _HALVES[family]]
+    halves = [elements.allow_key(mark, half) for half in _HALVES[family]]
     if all(half in found for half in halves):
         for half in halves:
             del found[half]
-        found[_range_key(family, mark, _ALL[family])] = b""
+        found[elements.allow_key(mark, _ALL[family])] = b""
 
 
 def _parse_entry(found: Elements, name: str, words: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
@@ -95,15 +94,13 @@ def _lower_frontends(found: Elements, sets: _Sets, frontends: list[Frontend], ma
 
 
 def _lower_allow(found: Elements, forwarding: Forwarding, number: int) -> None:
-    """The allow list: collapsed, for the kernel refuses nested ranges (program.md section 5)."""
+    """The allow list, in prefixes of the lengths that the program looks up."""
     bits = marks.id_bits(number)
     found["limited", elements.mark_bytes(bits)] = b""
     for family in FAMILIES:
         for prefix in address.collapse(forwarding.allow, family):
-            network = ipaddress.ip_network(prefix)
-            mark = bits.to_bytes(4, "big")
-            key = mark + network[0].packed + mark + network[-1].packed
-            found["allow" + family.suffix, key] = b""
+            for part in address.cut(prefix, elements.PREFIX_LENGTHS[family]):
+                found[elements.allow_key(bits, part)] = b""
 
 
 def lower_hairpins(addresses: Iterable[str]) -> Elements:

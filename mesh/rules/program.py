@@ -7,6 +7,7 @@ Pure: text from parameters; the only thing read is the package's own program.nft
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -15,15 +16,16 @@ from string import Template
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import marks, slots
+from mesh.rules import elements, marks, slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mesh.model.cluster import Cluster, NodeNetwork
 
-STATIC_SIZES: Final = frozenset(range(65)) | {marks.HASH | size for size in slots.HASH_SIZES}
-"""Pool sizes dispatched on from the start: 64 load in 14 ms, 1023 in 108 ms (program.md 2)."""
+STATIC_SIZES: Final = frozenset(range(33)) | {marks.HASH | size for size in slots.HASH_SIZES}
+"""Pool sizes dispatched on from the start.  More of them do not fit the 208 KB that a transaction
+may have in a user namespace (net.core.wmem_max); all 1023 would load in 108 ms (program.md 2)."""
 
 CLOSED: Final = (("127.0.0.0/8",), ("::1",))
 """Where published ports never answer by default: CVE-2020-8558 is what happens otherwise."""
@@ -211,19 +213,34 @@ def _expanded(lines: Iterable[str], parameters: Parameters) -> Iterator[str]:
         elif line.startswith(" chain") and "$" in line:
             body = list(takewhile(lambda each: each != " }", rest))
             for family in FAMILIES:
-                words = parameters.words(family)
-                yield from (Template(each).substitute(words) for each in [line, *body, " }"])
+                for each in (line, *body, " }"):
+                    yield from _of_family(each, parameters, family)
         else:
-            yield from dict.fromkeys(_repeated(line, parameters))
+            yield from dict.fromkeys(
+                each for family in FAMILIES for each in _of_family(line, parameters, family)
+            )
 
 
-def _repeated(line: str, parameters: Parameters) -> Iterator[str]:
-    """The line for each family, and each prefix if it asks for one; equal lines are one line."""
-    for index, family in enumerate(FAMILIES):
-        words = parameters.words(family)
-        for word, prefixes in (("prefix", parameters.prefixes), ("vip", parameters.vips)):
-            if f"${word}" in line:
-                yield from (Template(line).substitute(words, **{word: p}) for p in prefixes[index])
-                break
-        else:
-            yield Template(line).substitute(words)
+def _of_family(line: str, parameters: Parameters, family: Family) -> Iterator[str]:
+    """The line in one family: once, or for each prefix or length that it asks for."""
+    words, index = parameters.words(family), FAMILIES.index(family)
+    asked: list[dict[str, str]] = [{}]
+    if "$prefix" in line:
+        asked = [{"prefix": prefix} for prefix in parameters.prefixes[index]]
+    elif "$vip" in line:
+        asked = [{"vip": prefix} for prefix in parameters.vips[index]]
+    elif "$length" in line:
+        asked = list(_lengths(family))
+    for more in asked:
+        yield Template(line).substitute(words, **more)
+
+
+def _lengths(family: Family) -> Iterator[dict[str, str]]:
+    """Each length as it stands in a key, and the source masked to it."""
+    anywhere = "0.0.0.0" if family is Family.V4 else "::"
+    for length in elements.PREFIX_LENGTHS[family]:
+        source = f"{_IP[family]} saddr"
+        if length < family.bits:
+            mask = ipaddress.ip_network(f"{anywhere}/{length}").netmask
+            source = f"({source} & {mask})"
+        yield {"length": f"0x{length:x}", "within": source}

@@ -199,16 +199,19 @@ class _Reader:
             value = self._masked(value)
         return value
 
-    def _masked(self, value: Value | None) -> int | None:
-        sign, operand = self.words.pop(), self.words.pop()
-        if operand == "(":
-            operand = self.words.pop()
-            self.words.pop()
-        if value is None:
-            return None
-        number = _number(operand)
-        assert isinstance(value, int)
-        return value & number if sign == "&" else value | number
+    def _masked(self, value: Value | None) -> Value | None:
+        while self.words and self.words[-1] in ("&", "|"):
+            sign, operand = self.words.pop(), self.words.pop()
+            if operand == "(":
+                operand = self.words.pop()
+                self.words.pop()
+            if isinstance(value, bytes):
+                mask = address.packed(operand)
+                value = bytes(one & other for one, other in zip(value, mask, strict=True))
+            elif isinstance(value, int):
+                number = _number(operand)
+                value = value & number if sign == "&" else value | number
+        return value
 
     def _drawn(self, kind: str) -> int:
         """The slot: of the dice, or of the client's address."""

@@ -34,7 +34,6 @@ class Sets:
     def __init__(self, known: Elements, loaded: Loaded) -> None:
         self._elements = known
         self._static = loaded.static
-        self._ranges: dict[str, list[bytes]] = {}
 
     def find(self, name: str, key: tuple[Value, ...]) -> int | str | Target | None:
         """What an element maps to ("" for a member of a set), or None if there is none.
@@ -47,15 +46,8 @@ class Sets:
         if spec is None:
             return None
         packed = encoded(spec, key)
-        if spec.interval:
-            return "" if any(_within(spec, packed, each) for each in self._of(name)) else None
         data = self._elements.get((name, packed))
         return _decoded(spec, data) if data is not None else None
-
-    def _of(self, name: str) -> list[bytes]:
-        if name not in self._ranges:
-            self._ranges[name] = [key for at, key in self._elements if at == name]
-        return self._ranges[name]
 
 
 _ENCODE: Final[Mapping[Part, Callable[[Any], bytes]]] = {
@@ -64,7 +56,6 @@ _ENCODE: Final[Mapping[Part, Callable[[Any], bytes]]] = {
     elements.PORT: elements.port_bytes,
     elements.MARK: elements.mark_bytes,
     elements.SLOT: elements.mark_bytes,
-    elements.MARK_BE: lambda value: value.to_bytes(4, "big"),
 }
 
 
@@ -97,17 +88,6 @@ def _decoded(spec: SetSpec, data: bytes) -> int | str | Target:
         case (host, port):
             return Target(host.show(data[: host.width]), int(port.show(data[host.width :])))
     raise ValueError(f"{spec.name}: data of {len(spec.data)} fields")
-
-
-def _within(spec: SetSpec, key: bytes, bounds: bytes) -> bool:
-    """Whether every field of a key lies in its own range."""
-    first, last, offset = bounds[: len(key)], bounds[len(key) :], 0
-    for part in spec.key:
-        field = slice(offset, offset + part.width)
-        if not first[field] <= key[field] <= last[field]:
-            return False
-        offset += part.width
-    return True
 
 
 def _in_text(listed: Mapping[str, str], value: Value) -> str | None:

@@ -6,7 +6,6 @@ Owns the order of the steps: no packet finds a frontend whose pool is not there 
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.delta import Delta
@@ -124,24 +123,8 @@ class Image:
         for key, data in delta.add.items():
             there = self.get(key)
             if there not in (None, data) and key not in delta.remove:
-                raise _refused(key, "exists already with other data, or overlaps")
+                raise _refused(key, "exists already with other data")
             _check_form(key)
-        self._check_ranges(delta)
-
-    def _check_ranges(self, delta: ElementDelta) -> None:
-        """Ranges of one list may not overlap; only lists that get new ones are looked at."""
-        touched = {ipsets.allow_of(key) for key in delta.add if key[0].startswith("allow")}
-        if not touched:
-            return
-        for name in (f"allow{family.suffix}" for family in FAMILIES):
-            keys = {(name, text) for text in self._sets[name]} - delta.remove.keys()
-            keys |= {key for key in delta.add if key[0] == name}
-            found = sorted(key for key in keys if ipsets.allow_of(key) in touched)
-            for low, high in pairwise(found):
-                half = len(low[1]) // 2
-                if high[1][:half] <= low[1][half:]:
-                    new = high if high in delta.add else low
-                    raise _refused(new, "exists already with other data, or overlaps")
 
     def effective(self, delta: ElementDelta) -> ElementDelta:
         """The change without what is so already; its inverse then is its undoing."""
@@ -298,7 +281,7 @@ def _list_of(key: ElementKey) -> int:
     """The mark that a limit or a range belongs to."""
     if key[0] == "limited":
         return elements.mark_of(key[1])
-    return int.from_bytes(key[1][:4], "big")
+    return elements.allow_range(key)[0]
 
 
 def _check_form(key: ElementKey) -> None:

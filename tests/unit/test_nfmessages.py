@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.dataplane import nfmessages
-from mesh.dataplane.nfnetlink import HEADER_SIZE, Message, Refused, Socket
+from mesh.dataplane.nfnetlink import HEADER_SIZE, Message, Refused, Socket, nested
 from mesh.rules import elements
 from tests.support import rules
 
@@ -51,15 +51,18 @@ def test_a_dump_that_tells_elements_twice_is_taken_again() -> None:
     assert found == whole
 
 
-def test_a_single_address_that_somebody_added_reads_as_a_range_of_one() -> None:
-    key = (0x400).to_bytes(4, "big") + bytes((10, 0, 0, 1))
-    value = struct.pack("=HH", 12, 1) + key
-    element = struct.pack("=HH", 20, 1) + struct.pack("=HH", 16, 1) + value
-    body = bytes(4) + struct.pack("=HH", 24, 3) + element
+def test_an_element_that_somebody_annotated_is_read_too() -> None:
+    wanted = rules.samples(elements.SETS["vips4"], 3)
+    (body,) = bodies(wanted)
+    start = body.index(next(iter(wanted))[1]) - 12
+    listed = body[start:]
+    first, rest = listed[: len(listed) // 3], listed[len(listed) // 3 :]
+    comment = struct.pack("=HH", 8, 6) + b"mine"
+    longer = struct.pack("=H", len(first) + 8) + first[2:] + comment
 
-    found = nfmessages.read_elements(Told([body]), ["allow4"])
+    dump = [body[: start - 4] + nested(3, longer + rest)]
 
-    assert found == {("allow4", key + key): b""}
+    assert nfmessages.read_elements(Told(dump), ["vips4"]) == wanted
 
 
 def test_a_long_list_is_cut_below_what_an_attribute_can_hold() -> None:

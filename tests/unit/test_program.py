@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
 from mesh.rules import elements, marks, program
 from mesh.rules.program import Devices, Parameters
@@ -45,10 +46,21 @@ def test_both_families_are_served_alike() -> None:
     text = program.build(PARAMETERS).inet
 
     def rules(family: str, other: str) -> int:
-        return len(re.findall(rf"@\w+{family}\b", text)) - text.count(f"@nodes{family} notrack")
+        asked = re.findall(rf"@(?!allow|policy)\w+{family}\b", text)
+        return len(asked) - text.count(f"@nodes{family} notrack")
 
     # The tunnel's outer packets are IPv4 alone: two rules ask nodes4 about them.
     assert rules("4", "6") == rules("6", "4") + 1
+
+
+@pytest.mark.parametrize("name", ["allow", "policy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranges_are_looked_up_once_per_length(family: Family, name: str) -> None:
+    text = program.build(PARAMETERS).inet
+
+    lengths = re.findall(rf"\| 0x(\w+)\) .* @{name}{family.suffix} ", text)
+
+    assert [int(length, 16) for length in lengths] == list(elements.PREFIX_LENGTHS[family])
 
 
 def test_every_prefix_of_the_mesh_is_guarded() -> None:

@@ -182,8 +182,7 @@ def test_allow_lists_read_back_as_written(allow: tuple[str, ...], ranges: int) -
 
 
 def test_a_range_that_is_no_prefix_is_refused() -> None:
-    mark = (0x400).to_bytes(4, "big")
-    key = ("allow4", mark + bytes((10, 0, 0, 1)) + mark + bytes((10, 0, 0, 2)))
+    key = ("allow4", elements.mark_bytes(0x400 | 24) + bytes((10, 0, 0, 1)))
 
     with pytest.raises(ApplyFailed, match="not a prefix"):
         Image().check(Delta({}, {key: b""}))
