@@ -167,7 +167,7 @@ def test_two_pools_of_one_id_are_told_apart_while_one_replaces_the_other() -> No
     ("allow", "ranges"),
     [
         (("0.0.0.0/0", "::/0"), 2),
-        (("128.0.0.0/1",), 1),
+        (("128.0.0.0/1",), 8),
         (("198.51.100.0/24", "192.0.2.1/32"), 2),
     ],
     ids=["everybody", "half of them", "some"],
