@@ -15,16 +15,16 @@ from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
-from mesh.rules import elements, nft, stale
+from mesh.rules import elements, marks, nft, stale
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from mesh.agent.state import State, Touched
     from mesh.dataplane.protocol import Driver, ElementDelta
-    from mesh.rules.elements import Elements
+    from mesh.rules.elements import ElementKey, Elements
 
     Written = Callable[[ElementDelta], None]
 
@@ -92,6 +92,24 @@ class Reconciler:
         """Bring the kernel back from what somebody else did; how many elements differed."""
         async with self._writing:
             return await self._resync()
+
+    async def repair(self, keys: Collection[ElementKey]) -> int:
+        """The same, where somebody is known to have touched these elements and nothing else."""
+        async with self._writing:
+            actual = await self._driver.read_some(keys)
+            wishes = {key: self._wanted(key) for key in keys}
+            desired = {key: data for key, data in wishes.items() if data is not None}
+            delta = Delta.between(actual, desired)
+            if delta:
+                await self._apply(delta)
+            return len(delta)
+
+    def _wanted(self, key: ElementKey) -> bytes | None:
+        owner: str | None = _NODES
+        if elements.SETS[key[0]].key[0] is elements.MARK:
+            pool = self._ids.key(marks.parse(elements.mark_of(key[1][:4])).id)
+            owner = pool.partition("/")[0] if pool is not None else None
+        return self._ledger.wanted(key, owner)
 
     async def reconcile(self, touched: Touched) -> int:
         """Plan the touched services again and write what differs; how many elements that was."""

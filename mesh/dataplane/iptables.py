@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping
 
     from mesh.dataplane.protocol import ElementDelta
-    from mesh.rules.elements import Elements
+    from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.program import Parameters
     from mesh.rules.xtables import Chains, Rules, Saved
     from mesh.rules.xtables_image import Stage, Step
@@ -140,6 +140,11 @@ class IptablesDriver:
                 raise NotFound("chains or sets of the mesh are gone or damaged: prepare them again")
             self._image = found.image
             return await asyncio.to_thread(found.image.elements)
+
+    async def read_some(self, keys: Iterable[ElementKey]) -> Elements:
+        """See Driver.read_some; reads everything."""
+        there = await self.read()
+        return {key: there[key] for key in keys if key in there}
 
     async def apply(self, delta: ElementDelta) -> None:
         """Apply a change; if a step of it fails, those before are undone.  Raises ApplyFailed."""

@@ -12,6 +12,8 @@ from mesh.errors import ApplyFailed, NotFound
 from mesh.rules import elements
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mesh.dataplane.protocol import ElementDelta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
@@ -35,6 +37,11 @@ class MemoryDriver:
     async def read(self) -> Elements:
         """Every element.  Raises NotFound before `prepare` and after `remove`."""
         return dict(self._prepared())
+
+    async def read_some(self, keys: Iterable[ElementKey]) -> Elements:
+        """See Driver.read_some."""
+        there = self._prepared()
+        return {key: there[key] for key in keys if key in there}
 
     async def apply(self, delta: ElementDelta) -> None:
         """Apply a change, all or nothing.  Raises ApplyFailed with the culprit element."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mesh.dataplane.nfmessages import Chunk
     from mesh.dataplane.protocol import ElementDelta
     from mesh.model.report import Problem
-    from mesh.rules.elements import Elements
+    from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.program import Parameters
 
 _log = logging.getLogger(__name__)
@@ -161,6 +161,12 @@ class NftablesDriver:
                 return await asyncio.to_thread(
                     nfmessages.read_elements, self._socket, elements.SETS
                 )
+
+    async def read_some(self, keys: Iterable[ElementKey]) -> Elements:
+        """See Driver.read_some.  Of a program that is gone, there is none."""
+        async with self._lock:
+            with _reading():
+                return nfmessages.read_some(self._socket, keys)
 
     async def apply(self, delta: ElementDelta) -> None:
         """Apply a change in one transaction.  Raises ApplyFailed with the culprit element.

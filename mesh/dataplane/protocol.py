@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mesh.delta import Delta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
@@ -31,6 +33,10 @@ class Driver(Protocol):
 
     async def read(self) -> Elements:
         """Every element the backend holds now."""
+        ...
+
+    async def read_some(self, keys: Iterable[ElementKey]) -> Elements:
+        """Those of some elements that the backend holds now."""
         ...
 
     async def apply(self, delta: ElementDelta) -> None:

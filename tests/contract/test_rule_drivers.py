@@ -128,6 +128,15 @@ async def test_removing_what_is_not_there_is_refused_whole(driver: Driver) -> No
     assert await driver.read() == there
 
 
+async def test_some_elements_are_read_for_themselves(driver: Driver) -> None:
+    wanted = nft.lower(service(3), Ids())
+    others = {("known4", bytes((10, 1, 0, 9))): b"", ("known6", bytes(16)): b""}
+    await driver.apply(adding(wanted))
+
+    assert await driver.read_some({**wanted, **others}) == wanted
+    assert await driver.read_some(others) == {}
+
+
 async def test_nested_ranges_are_fine(driver: Driver) -> None:
     ranges = ("10.0.0.0/8", "10.0.0.0/24", "0.0.0.0/0", "2001:db8::/32", "2001:db8::1/128")
     wanted = {elements.allow_key(0x400, prefix): b"" for prefix in ranges}
