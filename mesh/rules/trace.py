@@ -286,11 +286,12 @@ class _Walk:
         own = self._entry is Entry.NODE
         for hook in _OWN_HOOKS if own else _HOOKS:
             self._route(inward=hook == "prerouting")
-            if hook == "forward" and self.flow.local:
-                break  # input has no chain of ours
-            ending = self._hook(hook)
+            delivered = hook == "forward" and self.flow.local
+            ending = self._hook("input" if delivered else hook)
             if ending is not None:
                 return ending
+            if delivered:
+                break
         return self._end()
 
     def _route(self, *, inward: bool) -> None:

@@ -29,7 +29,6 @@ _SETS: Final = {
     "via": "peer's steering device",
     "zones": "peer's steering device",
     "hairpin": "replica that reached itself",
-    "dead": "dead backend",
     "guarded": "replica under a policy",
     "policy": "allowed by policy",
 }
@@ -43,9 +42,8 @@ _REASONS: Final = {
     "dispatch": "no backend can be given the connection",
     "allowed": "the source is not on the service's allow list",
     "stray": "the VIP is alive, but has no such port",
-    "dead": "the backend is dead",
     "forward": "no policy allows it",
-    "raw_port": "the steering port is for nodes only",
+    "tunnel_in": "the steering port is for nodes only",
     "raw_bridge": "a container may use addresses of its node's subnet only",
     "raw_overlay": "loopback addresses are this node's own",
     "raw_steer": "neither loopback addresses nor tunnels are reached by steering",

@@ -91,7 +91,7 @@ async def test_another_version_replaces_the_program_and_keeps_the_elements(
     await second.prepare()
 
     assert await second.read() == SERVICE
-    assert "4799" in rules.nft("list", "chain", "inet", "mesh", "raw_port")
+    assert "4799" in rules.nft("list", "chain", "inet", "mesh", "tunnel_in")
     assert "127.0.0.0" not in rules.nft("list", "set", "inet", "mesh", "closed4")
     assert "mod 300 " in rules.nft("list", "chain", "inet", "mesh", "random_300")
     second.close()
@@ -131,7 +131,7 @@ async def test_a_table_of_the_same_name_without_a_fingerprint_is_replaced() -> N
         "add chain inet mesh forward { policy drop; }",
         "add chain inet mesh theirs { type filter hook input priority 0; policy drop; }",
         "add table inet mesh { flags dormant; }",
-        "flush table inet mesh; delete set inet mesh own4; delete set inet mesh dead6",
+        "flush table inet mesh; delete set inet mesh own4; delete set inet mesh guarded6",
         "delete table bridge mesh",
         "flush table bridge mesh",
     ],

@@ -83,7 +83,7 @@ def test_the_node_knows_its_own_addresses() -> None:
 
     assert "add element inet mesh own4 { 10.0.0.3, 10.0.3.0/24 }" in found
     assert "add element inet mesh own6 { fd00:1:2::3, fd00:1:2:3::/64 }" in found
-    assert "udp dport 4799 fib daddr type local counter drop" in found
+    assert 'udp dport 4799 iifname != { "lo", "over" } counter drop' in found
 
 
 def test_an_empty_set_of_closed_addresses_adds_nothing() -> None:
