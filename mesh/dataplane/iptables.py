@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+from contextlib import closing
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
 
-from mesh.dataplane import command
+from mesh.dataplane import command, nfmessages
+from mesh.dataplane.nfnetlink import BRIDGE, Socket
+from mesh.dataplane.protocol import Examined
 from mesh.dataplane.xtwatch import XtablesWatch
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, NotFound
 from mesh.model.address import FAMILIES, Family
 from mesh.model.report import Problem
-from mesh.rules import ipsets, program, xtables
+from mesh.rules import ipsets, program, xtables, xtables_intact
 from mesh.rules.xtables_image import Image
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Mapping
+    from collections.abc import Coroutine, Iterable, Iterator, Mapping
 
     from mesh.dataplane.protocol import ElementDelta
     from mesh.rules.elements import ElementKey, Elements
@@ -146,6 +150,32 @@ class IptablesDriver:
         there = await self.read()
         return {key: there[key] for key in keys if key in there}
 
+    async def examine(self) -> Examined:
+        """See Driver.examine.  Raises CommandFailed where a program is missing or not allowed."""
+        async with self._lock:
+            found = await self._find()
+        if not any(self._has_chains(family, found.tables[family]) for family in FAMILIES):
+            raise NotFound(f"there are no chains of the mesh in {self.name}: prepare them")
+        held = await asyncio.to_thread(found.image.elements)
+        differences = [*xtables_intact.missing_sets(found.sets)]
+        for family in FAMILIES:
+            differences += self._differences(family, found)
+            program, static = f"{_IP[family]}-{self._flavour}", self._program[family]
+            differences += xtables_intact.displaced(program, static, found.tables[family])
+        return Examined(
+            held,
+            {_IP[family]: xtables_intact.loaded(found.tables[family]) for family in FAMILIES},
+            {_IP[family]: self._version[family] for family in FAMILIES},
+            (*differences, *_bridge_gone()),
+        )
+
+    def _has_chains(self, family: Family, tables: Mapping[str, Saved]) -> bool:
+        """Whether anything of ours is in the tables of a family."""
+        return any(
+            xtables.ours(table, static, tables.get(table, _EMPTY))
+            for table, static in self._program[family].items()
+        )
+
     async def apply(self, delta: ElementDelta) -> None:
         """Apply a change; if a step of it fails, those before are undone.  Raises ApplyFailed."""
         async with self._lock:
@@ -230,28 +260,15 @@ class IptablesDriver:
 
     def _is_intact(self, family: Family, found: _Found) -> bool:
         """Whether the chains of a family are as we left them."""
-        if not ipsets.is_whole(found.sets):
-            return False
-        dynamic = found.image.chains(family)
-        for table, static in self._program[family].items():
-            saved = found.tables[family].get(table)
-            if saved is None or not xtables.is_hooked(static, saved):
-                return False
-            if xtables.comment(saved.chains.get(xtables.CANARY, ())) != self._told(
-                family, static, saved
-            ):
-                return False
-            wanted = dynamic.get(table, {})
-            names = xtables.ours(table, static, saved) - static.chains.keys() - {xtables.CANARY}
-            if names != wanted.keys() or any(
-                xtables.shape(saved.chains[name]) != xtables.shape(wanted[name]) for name in names
-            ):
-                return False
-        return True
+        return ipsets.is_whole(found.sets) and not any(self._differences(family, found))
 
-    def _told(self, family: Family, static: xtables.Table, saved: Saved) -> str:
-        """What the canary says of chains that nobody touched."""
-        return f"{self._version[family]}.{xtables.witness(static, saved)}"
+    def _differences(self, family: Family, found: _Found) -> Iterator[Problem]:
+        return xtables_intact.differences(
+            f"{_IP[family]}-{self._flavour}",
+            xtables_intact.Program(self._version[family], self._program[family]),
+            found.tables[family],
+            found.image.chains(family),
+        )
 
     async def _load(self, family: Family, found: _Found) -> None:
         """Write every chain of ours, then what they look like to iptables-save."""
@@ -268,7 +285,7 @@ class IptablesDriver:
         written = xtables.parse(await command.run(f"{_IP[family]}-{self._flavour}-save"))
         text = ""
         for table, static in self._program[family].items():
-            told = self._told(family, static, written[table])
+            told = xtables_intact.told(self._version[family], static, written[table])
             rules: Chains = {xtables.CANARY: (f"-m comment --comment {told}",)}
             text += xtables.restore(table, Delta({}, rules))
         await self._restore(family, text)
@@ -334,6 +351,15 @@ def _parsed(texts: Iterable[str], entries: str) -> _Found:
     tables = {f: xtables.parse(text) for f, text in zip(FAMILIES, texts, strict=True)}
     found, names = ipsets.parse(entries)
     return _Found(tables, names, Image.parse(tables, found))
+
+
+def _bridge_gone() -> Iterator[Problem]:
+    """Where nft could load it."""
+    if shutil.which("nft") is None:
+        return
+    with closing(Socket()) as netlink:
+        if (BRIDGE, nfmessages.TABLE) not in nfmessages.tables(netlink):
+            yield Problem(about="table bridge mesh", message=f"is gone: {_NO_BRIDGE}")
 
 
 def _explained(error: CommandFailed) -> ApplyFailed:

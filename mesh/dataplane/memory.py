@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from mesh.dataplane.protocol import Examined
 from mesh.errors import ApplyFailed, NotFound
 from mesh.rules import elements
 
@@ -42,6 +43,10 @@ class MemoryDriver:
         """See Driver.read_some."""
         there = self._prepared()
         return {key: there[key] for key in keys if key in there}
+
+    async def examine(self) -> Examined:
+        """Every element; it has no program.  Raises NotFound as `read` does."""
+        return Examined(await self.read(), {}, {}, ())
 
     async def apply(self, delta: ElementDelta) -> None:
         """Apply a change, all or nothing.  Raises ApplyFailed with the culprit element."""

@@ -239,6 +239,15 @@ def chains(socket: Socket, family: int) -> dict[str, bytes]:
     return found
 
 
+def rule_counts(socket: Socket, family: int) -> dict[str, int]:
+    """How many rules each chain of our table has.  Raises OSError."""
+    counts = dict.fromkeys(chains(socket, family), 0)
+    for answer in socket.dump(Message(_GETRULE, 0, generic(family) + text(1, TABLE))):
+        name = dict(attributes(answer, 4))[2].rstrip(b"\0").decode(errors="replace")
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
 def generation(socket: Socket) -> int:
     """How many transactions this network namespace has seen, whoever made them (modulo 2^32)."""
     parts = dict(attributes(socket.ask(Message(_GETGEN, 0, generic(0))), 4))

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import errno
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import command, nfmessages
 from mesh.dataplane.nfmessages import additions, removals
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
+from mesh.dataplane.protocol import Examined
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
-from mesh.rules import elements, nft, program
+from mesh.rules import elements, nft, nft_intact, program
+from mesh.rules.nft_intact import Loaded, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,14 +37,6 @@ _UPGRADE: Final = "flush table inet mesh\n"
 _STATIC: Final = ("own4", "own6", "closed4", "closed6", "sizes")
 _IN_LOOP: Final = 500
 """Elements that are packed and committed within the event loop: about 5 ms at most."""
-
-
-class _Loaded(NamedTuple):
-    """How a program in the kernel is recognised; None for what it does not say."""
-
-    schema: int | None
-    version: int | None
-    witness: int | None
 
 
 class NftablesDriver:
@@ -114,13 +108,13 @@ class NftablesDriver:
             f"delete chain inet mesh {name}\n" for name in foreign if name.isidentifier()
         )
 
-    def _loaded(self) -> _Loaded:
+    def _loaded(self) -> Loaded:
         try:
             found = nfmessages.read_elements(self._socket, ["fingerprint"])
         except FileNotFoundError:
-            return _Loaded(None, None, None)
+            return Loaded(None, None, None)
         parts = [found.get(("fingerprint", elements.mark_bytes(slot))) for slot in range(3)]
-        return _Loaded(*(elements.mark_of(part) if part else None for part in parts))
+        return Loaded(*(elements.mark_of(part) if part else None for part in parts))
 
     def _dispatched(self) -> frozenset[int]:
         """The pool sizes that the loaded program has chains for."""
@@ -167,6 +161,31 @@ class NftablesDriver:
         async with self._lock:
             with _reading():
                 return nfmessages.read_some(self._socket, keys)
+
+    async def examine(self) -> Examined:
+        """See Driver.examine.  A set that is gone is read as empty."""
+        async with self._lock:
+            with _reading():
+                if (INET, nfmessages.TABLE) not in nfmessages.tables(self._socket):
+                    raise FileNotFoundError
+                loaded = self._loaded()
+                rules = nfmessages.rule_counts(self._socket, INET)
+                seen = Seen(self._witness(), self._dispatched(), rules)
+                held = await asyncio.to_thread(self._readable)
+        wanted = {
+            "schema": f"0x{self._program.schema:x}",
+            "version": f"0x{self._program.version:x}",
+        }
+        told = {"schema": _hex(loaded.schema), "version": _hex(loaded.version)}
+        found = nft_intact.differences(self._program, loaded, seen)
+        return Examined(held, told, wanted, tuple(found))
+
+    def _readable(self) -> Elements:
+        found: Elements = {}
+        for name in elements.SETS:
+            with contextlib.suppress(FileNotFoundError):
+                found |= nfmessages.read_elements(self._socket, [name])
+        return found
 
     async def apply(self, delta: ElementDelta) -> None:
         """Apply a change in one transaction.  Raises ApplyFailed with the culprit element.
@@ -247,6 +266,10 @@ class NftablesDriver:
         self._socket.close()
         if self._watch is not None:
             self._watch.close()
+
+
+def _hex(number: int | None) -> str | None:
+    return None if number is None else f"{number:#x}"
 
 
 async def _readable(descriptor: int) -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from mesh.delta import Delta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
 
     ElementDelta = Delta[ElementKey, bytes]
+
+
+class Examined(NamedTuple):
+    """What a backend holds, whole or damaged.
+
+    `loaded` is how its program is recognised and `wanted` how this version's would be, by what
+    tells it; `differences` is all that is not as the driver left it, but for elements.
+    """
+
+    elements: Elements
+    loaded: Mapping[str, str | None]
+    wanted: Mapping[str, str]
+    differences: tuple[Problem, ...]
 
 
 class Driver(Protocol):
@@ -37,6 +50,10 @@ class Driver(Protocol):
 
     async def read_some(self, keys: Iterable[ElementKey]) -> Elements:
         """Those of some elements that the backend holds now."""
+        ...
+
+    async def examine(self) -> Examined:
+        """What the backend holds, also if it is damaged.  Raises NotFound if there is nothing."""
         ...
 
     async def apply(self, delta: ElementDelta) -> None:
