@@ -1,4 +1,4 @@
-"""Which rule backend drives this host, and why; and taking off what another one left behind.
+"""Which rule backend drives this host, and why; reading it; taking off what another one left.
 
 `auto` takes nftables where the kernel and the tools have what the program needs, else the flavour
 of iptables that the host already uses.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 from mesh.dataplane import command, host, nfmessages, nftables
 from mesh.dataplane.iptables import IptablesDriver
@@ -20,7 +20,9 @@ from mesh.model.cluster import Cluster
 from mesh.rules.program import Parameters
 
 if TYPE_CHECKING:
-    from mesh.dataplane.protocol import Driver
+    from collections.abc import Collection
+
+    from mesh.dataplane.protocol import Driver, Examined
     from mesh.rules.elements import Elements
     from mesh.rules.program import Devices
 
@@ -30,6 +32,9 @@ _LEGACY_TABLES: Final = Path("/proc/thread-self/net/ip_tables_names")
 _IP: Final = 2
 
 Flavour = Literal["legacy", "nft"]
+
+NAMES: Final = (NftablesDriver.name, *(f"iptables-{flavour}" for flavour in get_args(Flavour)))
+"""Every backend that can drive a host."""
 
 
 class Chosen(NamedTuple):
@@ -68,6 +73,50 @@ async def choose(wanted: str, parameters: Parameters) -> Chosen:
         return await _iptables(await _used(), parameters, "configured, in the host's flavour")
     flavour: Flavour = "legacy" if wanted == "iptables-legacy" else "nft"
     return await _iptables(flavour, parameters, "configured")
+
+
+def in_force(reported: str | None, configured: str, holding: Collection[str]) -> str | None:
+    """The backend that forwards, of what the agent reports, the configuration asks for, and the
+    host's kernel holds rules of; None if nothing tells.  Pure.
+    """
+    told = [name for name in (reported, configured) if name in NAMES]
+    held = [name for name in NAMES if name in holding]
+    wanted = [name for name in held if name.startswith(configured)]
+    return next((name for name in (*told, *wanted, *held) if name in held), next(iter(told), None))
+
+
+async def expected(wanted: str) -> str:
+    """The backend that `choose` would begin with.  Looks only.  Raises CommandFailed."""
+    if wanted in NAMES:
+        return wanted
+    if wanted == "auto" and _has_nf_tables() and host.has_program("nft"):
+        return NftablesDriver.name
+    return f"iptables-{await _used()}"
+
+
+async def holding(parameters: Parameters) -> tuple[str, ...]:
+    """The backends that have rules of ours on this host; looks only."""
+    with closing(Socket()) as netlink:
+        found = [NftablesDriver.name] if (INET, nfmessages.TABLE) in _tables(netlink) else []
+    return (*found, *(driver.name for driver in await _iptables_present(parameters)))
+
+
+async def examine(name: str, parameters: Parameters) -> Examined:
+    """What a backend holds on this host, and what of it somebody changed.
+
+    Raises NotFound where there is nothing, HostNotReady or CommandFailed where it cannot be read.
+    """
+    driver = _driver(name, parameters)
+    try:
+        return await driver.examine()
+    finally:
+        driver.close()
+
+
+def _driver(name: str, parameters: Parameters) -> Driver:
+    if name == NftablesDriver.name:
+        return NftablesDriver(parameters)
+    return IptablesDriver(parameters, "legacy" if name == "iptables-legacy" else "nft")
 
 
 async def _iptables(flavour: Flavour, parameters: Parameters, reason: str) -> Chosen:
@@ -133,11 +182,12 @@ async def remove_all(devices: Devices) -> None:
 
 
 async def _iptables_present(parameters: Parameters) -> list[IptablesDriver]:
-    """The flavours that have chains of ours."""
+    """The flavours that have chains of ours.  Without its programs nobody made any."""
     with closing(Socket()) as netlink:
         has_nft = (_IP, "mangle") in _tables(netlink)
     flavours: tuple[tuple[Flavour, bool], ...] = (("legacy", _has_legacy()), ("nft", has_nft))
-    drivers = [IptablesDriver(parameters, flavour) for flavour, used in flavours if used]
+    there = (f for f, used in flavours if used and host.has_program(f"iptables-{f}-save"))
+    drivers = [IptablesDriver(parameters, flavour) for flavour in there]
     return [driver for driver in drivers if await driver.exists()]
 
 

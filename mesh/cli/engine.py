@@ -9,47 +9,50 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
+import msgspec
 
 from mesh import errors
 from mesh.agent import config, planner, state
 from mesh.cli import options, world
 from mesh.delta import Delta
 from mesh.model.link import DeviceNames
-from mesh.rules import dump, nft, program
+from mesh.model.report import Applied, Problem
+from mesh.rules import dump, nft
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 from mesh.rules.program import Devices, Parameters
+from mesh.store import schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from mesh.agent.config import AgentConfig
     from mesh.cli.options import Session
-    from mesh.dataplane.protocol import ElementDelta
+    from mesh.dataplane.protocol import ElementDelta, Examined
     from mesh.model.view import NodeView
     from mesh.rules.dump import Rules
     from mesh.rules.elements import Elements
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Schema and version of a program, as its fingerprint in the kernel has them."""
-
-    schema: int | None
-    version: int | None
+NFTABLES: Final = "nftables"
+"""What is taken to drive a node that nothing is known of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One node's rules.  `kernel` is None where it was not read, and `unread` says why."""
+    """One node's rules.  `kernel` is None where it was not read, and `unread` says why.
+
+    `examined` is the backend as it was read, `differences` what is wrong beyond elements.
+    """
 
     state: state.State
     desired: Rules
     kernel: Rules | None
-    loaded: Loaded | None
+    examined: Examined | None
+    differences: tuple[Problem, ...]
     unread: str
 
     @property
@@ -57,17 +60,20 @@ class Engine:
         """What the agent would change in the kernel.  Raises HostNotReady if it was not read."""
         return Delta.between(self.read_back().elements, self.desired.elements)
 
-    @property
-    def wanted(self) -> Loaded:
-        """The program that this version of the mesh would load."""
-        built = program.build(self.desired.parameters)
-        return Loaded(built.schema, built.version)
-
     def read_back(self) -> Rules:
         """The kernel's rules.  Raises HostNotReady if they were not read."""
         if self.kernel is None:
             raise errors.HostNotReady(self.unread)
         return self.kernel
+
+
+class _Host(NamedTuple):
+    """What this host's kernel holds; of `held` None says `unread` why."""
+
+    backend: str
+    held: Examined | None
+    differences: tuple[Problem, ...]
+    unread: str
 
 
 NODE: Final[Callable[..., Any]] = click.option(
@@ -85,8 +91,11 @@ def offline(path: str) -> Rules:
         return dump.load(data)
 
 
-def read(node: str | None) -> Engine:
-    """A node's rules.  Raises BadUsage without a name and NotFound for one that has no number."""
+def read(node: str | None, asked: str = "") -> Engine:
+    """A node's rules; the kernel's are those of the backend that forwards, or of the `asked` one.
+
+    Raises BadUsage without a name and NotFound for one that has no number.
+    """
     own = _own_config()
     name = node or (own.node if own is not None else None)
     if name is None:
@@ -94,7 +103,7 @@ def read(node: str | None) -> Engine:
             "which node? Add --node NAME (`mesh node ls` lists them), or run this on a node"
         )
     here = own if own is not None and own.node == name else None
-    return options.in_store(lambda session: _read(session, name, here))
+    return options.in_store(lambda session: _read(session, name, here, asked))
 
 
 def _own_config() -> AgentConfig | None:
@@ -107,7 +116,7 @@ def _own_config() -> AgentConfig | None:
         return None
 
 
-async def _read(session: Session, name: str, here: AgentConfig | None) -> Engine:
+async def _read(session: Session, name: str, here: AgentConfig | None, asked: str) -> Engine:
     world.cluster(session)
     known = state.State(session.keys, name)
     known.apply(await session.store.list(f"{session.keys.prefix}/"))
@@ -117,21 +126,66 @@ async def _read(session: Session, name: str, here: AgentConfig | None) -> Engine
             f"no node {name!r} that has registered and has a number: see `mesh node ls`"
         )
     parameters = _parameters(known, node, here or config.AgentConfig(node=name))
-    held: Elements | None = None
-    unread, loaded = f"the kernel of {name} can be read on {name} only, as root", None
-    if here is not None:
-        try:
-            held, loaded = await _kernel(parameters)
-        except errors.MeshError as error:
-            unread = f"the kernel was not read: {error}"
-    owners = _desired(known, node, held or {})
-    addresses = peers[name].node.addresses
-    desired = dump.Rules(name, "desired", parameters, addresses, owners)
-    kernel = None
-    if held is not None:
+    reported = await _reported(session, name)
+    if here is None:
+        why = f"the kernel of {name} can be read on {name} only, as root"
+        host = _Host(reported or NFTABLES, None, (), why)
+    else:
+        host = await _kernel(here.backend, reported, parameters, asked)
+    held = host.held.elements if host.held is not None else {}
+    owners = _desired(known, node, held)
+    addresses, backend = peers[name].node.addresses, msgspec.convert(host.backend, dump.Backend)
+    desired = dump.Rules(name, "desired", parameters, addresses, owners, backend)
+    read = None
+    if host.held is not None:
         holding = dump.by_owner(held, owners)
-        kernel = dump.Rules(name, "kernel", parameters, addresses, holding)
-    return Engine(known, desired, kernel, loaded, unread)
+        read = dump.Rules(name, "kernel", parameters, addresses, holding, backend)
+    return Engine(known, desired, read, host.held, host.differences, host.unread)
+
+
+async def _reported(session: Session, name: str) -> str | None:
+    """The backend that the node's agent says it drives."""
+    key = session.keys.applied(name)
+    item = await session.store.get(key)
+    try:
+        told = schema.decode(key, item.value, Applied).backend if item is not None else None
+    except errors.InvalidRecord:
+        return None  # `mesh status` tells
+    return told if told in dump.BACKENDS else None
+
+
+async def _kernel(
+    configured: str, reported: str | None, parameters: Parameters, asked: str
+) -> _Host:
+    """What this host's kernel holds: of the backend that forwards, or of the one asked for."""
+    from mesh.agent import backend
+
+    name = asked or reported or configured
+    try:
+        holding = await backend.holding(parameters)
+        if asked:
+            name = await backend.expected(asked)
+            others = []
+        else:
+            found = backend.in_force(reported, configured, holding)
+            name = found or await backend.expected(configured)
+            others = [*_others(name, reported, holding)]
+        held = await backend.examine(name, parameters)
+    except errors.MeshError as error:
+        known = name if name in dump.BACKENDS else NFTABLES
+        return _Host(known, None, (), f"the kernel was not read: {error}")
+    return _Host(name, held, (*held.differences, *others), "")
+
+
+def _others(name: str, reported: str | None, holding: Iterable[str]) -> Iterator[Problem]:
+    """What does not fit the backend that forwards."""
+    if reported not in (None, name):
+        message = f"holds the rules, but the agent reported {reported}: start the agent again"
+        yield Problem(about=f"backend {name}", message=message)
+    for other in holding:
+        if other != name:
+            message = f"has rules of the mesh besides {name}: the agent removes them when it starts"
+            yield Problem(about=f"backend {other}", message=message)
 
 
 def _parameters(known: state.State, node: NodeView, settings: AgentConfig) -> Parameters:
@@ -139,33 +193,6 @@ def _parameters(known: state.State, node: NodeView, settings: AgentConfig) -> Pa
     names = DeviceNames(settings.overlay_device, settings.steering_device, settings.bridge)
     devices = Devices(*names, node.network.bridge_mac)
     return Parameters.of(known.cluster, node.network.number, devices)
-
-
-async def _kernel(parameters: Parameters) -> tuple[Elements, Loaded]:
-    """What the kernel holds.  Raises HostNotReady and NotFound."""
-    from mesh.dataplane.nftables import NftablesDriver
-
-    driver = NftablesDriver(parameters)
-    try:
-        return await driver.read(), _fingerprint()
-    finally:
-        driver.close()
-
-
-def _fingerprint() -> Loaded:
-    from mesh.dataplane import nfmessages
-    from mesh.dataplane.nfnetlink import Socket
-    from mesh.rules import elements
-
-    socket = Socket()
-    try:
-        found = nfmessages.read_elements(socket, ["fingerprint"])
-    except OSError:
-        return Loaded(None, None)
-    finally:
-        socket.close()
-    parts = (found.get(("fingerprint", elements.mark_bytes(slot))) for slot in range(2))
-    return Loaded(*(elements.mark_of(part) if part is not None else None for part in parts))
 
 
 def _desired(known: state.State, node: NodeView, held: Elements) -> dict[str, Elements]:

@@ -6,13 +6,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from mesh import errors
 from mesh.cli import engine, options, output
-from mesh.rules import dump, elements
+from mesh.rules import dump, elements, xtables_text
 
 if TYPE_CHECKING:
-    from mesh.cli.engine import Engine, Loaded
+    from collections.abc import Mapping
+
+    from mesh.cli.engine import Engine
+    from mesh.dataplane.protocol import Examined
     from mesh.rules.dump import Rules
     from mesh.rules.elements import Elements
 
@@ -24,35 +28,55 @@ def rules() -> None:
 
 @rules.command()
 @engine.NODE
-@click.option("--service", metavar="NAME", help="Only the elements of this service.")
-@click.option("--backend", type=click.Choice(["nftables"]), default="nftables", show_default=True)
+@click.option("--service", metavar="NAME", help="Only what belongs to this service.")
+@click.option(
+    "--backend", type=click.Choice(dump.BACKENDS), help="In whose language (default: the node's)."
+)
 @click.option("--kernel", is_flag=True, help="What this node's kernel holds, instead.")
 @click.option("--offline", metavar="FILE", help="Of a dump (`--json`), without etcd; - is stdin.")
 def show(
-    node: str | None, service: str | None, backend: str, kernel: bool, offline: str | None
+    node: str | None, service: str | None, backend: str | None, kernel: bool, offline: str | None
 ) -> None:
-    """Print a node's rules as `nft -f` takes them: the program, then the elements by service.
+    """Print a node's rules in the language of the backend that drives it.
 
-    They are what the node's agent would install now.  With --json: a dump that --offline reads.
+    They are what the node's agent would install now, as `nft -f` takes it, or `ipset restore` and
+    `iptables-restore`: the program and the services.  With --json: a dump that --offline reads.
     """
     if offline is not None:
         if node is not None or kernel:
             raise errors.BadUsage("--offline FILE has its own node: leave out --node and --kernel")
         found = engine.offline(offline)
+    elif kernel:
+        found = _of_kernel(engine.read(node, backend or ""))
     else:
-        read = engine.read(node)
-        found = read.read_back() if kernel else read.desired
+        found = engine.read(node).desired
     if service is not None:
         found = _only(found, service)
+    language = backend or found.backend
+    if found.source == "desired":
+        found = replace(found, backend=msgspec.convert(language, dump.Backend))
     if options.as_json():
         output.document(dump.dump(found))
         return
-    output.line(f"# {backend} of node {found.node}, {_SOURCES[found.source]}")
-    for line in dump.text(found, None if service is None else found.owners):
+    output.line(f"# {language} of node {found.node}, {_source(found, language)}")
+    render = dump.text if language == engine.NFTABLES else xtables_text.text
+    for line in render(found, None if service is None else list(found.owners)):
         output.line(line)
 
 
-_SOURCES = {"desired": "as its agent would install them", "kernel": "as its kernel holds them"}
+def _of_kernel(read: Engine) -> Rules:
+    held = read.read_back()
+    if read.differences:
+        output.warn("somebody changed more than elements, which is not shown: `mesh rules diff`")
+    return held
+
+
+def _source(found: Rules, language: str) -> str:
+    """Whose word it is, and what he said it in where that is another language."""
+    if found.source == "desired":
+        return "as its agent would install them"
+    same = language in (found.backend, found.backend.partition("-")[0])
+    return f"as its kernel holds them{'' if same else f' in {found.backend}'}"
 
 
 def _only(found: Rules, service: str) -> Rules:
@@ -69,38 +93,43 @@ def _only(found: Rules, service: str) -> Rules:
 def diff(node: str | None) -> None:
     """Compare what this node's rules should be with what its kernel holds; run it as root there.
 
-    `-` is in the kernel and should not be, `+` is missing.  Exits with 1 if they differ.
+    `-` is in the kernel and should not be, `+` is missing, `!` is wrong with the program itself:
+    foreign rules, missing jumps, another version.  Exits with 1 if they differ.
     """
     found = engine.read(node)
     delta = found.delta
-    same_program = found.loaded == found.wanted
     if options.as_json():
         output.document(
             {
                 "node": found.desired.node,
-                "equal": not delta and same_program,
-                "program": {"loaded": _hex(found.loaded), "wanted": _hex(found.wanted)},
+                "backend": found.desired.backend,
+                "equal": not delta and not found.differences,
+                "program": _programs(found.examined),
+                "differences": found.differences,
                 "remove": _listed(delta.remove),
                 "add": _listed(delta.add),
             }
         )
     else:
-        _print(found, same_program=same_program)
-    if delta or not same_program:
+        _print(found)
+    if delta or found.differences:
         options.exit_with(1)
 
 
-def _print(found: Engine, *, same_program: bool) -> None:
+def _print(found: Engine) -> None:
     delta = found.delta
-    if not same_program:
-        output.line("! the program in the kernel is not this version's: see the agent's log", "red")
+    for problem in found.differences:
+        output.line(f"! {problem.about}: {problem.message}", "red")
     lines = [("-", elements.describe(*each)) for each in delta.remove.items()]
     lines += [("+", elements.describe(*each)) for each in delta.add.items()]
     for sign, text in sorted(lines, key=_order):
         output.line(f"{sign} {text}", "red" if sign == "-" else "green")
-    if not lines and same_program:
-        count = len(found.desired.elements)
-        output.done(f"the kernel of {found.desired.node} holds what it should: {count} elements")
+    if not lines and not found.differences:
+        desired = found.desired
+        output.done(
+            f"the kernel of {desired.node} holds what it should: "
+            f"{len(desired.elements)} elements in {desired.backend}"
+        )
 
 
 def _order(line: tuple[str, str]) -> tuple[str, bool]:
@@ -113,7 +142,9 @@ def _listed(part: Elements) -> list[str]:
     return sorted(elements.describe(key, data) for key, data in part.items())
 
 
-def _hex(loaded: Loaded | None) -> dict[str, Any] | None:
-    if loaded is None or loaded.schema is None or loaded.version is None:
-        return None
-    return {"schema": f"0x{loaded.schema:x}", "version": f"0x{loaded.version:x}"}
+def _programs(examined: Examined | None) -> dict[str, Mapping[str, Any] | None]:
+    """How the program in the kernel is recognised, and how this version's would be."""
+    if examined is None:
+        return {"loaded": None, "wanted": None}
+    known = all(value is not None for value in examined.loaded.values())
+    return {"loaded": examined.loaded if known else None, "wanted": examined.wanted}

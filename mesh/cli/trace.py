@@ -58,15 +58,15 @@ def trace(
     real = None
     if found is not None and found.kernel is not None:
         real = walking.walk(packet, _place(found.kernel, owners))
-        if found.loaded != found.wanted:
-            output.warn("the program in the kernel is not this version's: `mesh rules diff`")
+        if found.differences:
+            output.warn("the program in the kernel is not as it should be: `mesh rules diff`")
     _tell(rules, wanted, real, found.unread if found is not None else f"as dumped: {rules.source}")
     if real not in (None, wanted):
         options.exit_with(1)
 
 
 def _place(rules: Rules, owners: Mapping[int, str]) -> Place:
-    return Place(rules.parameters, rules.elements, rules.addresses, owners)
+    return Place(rules.parameters, rules.elements, rules.addresses, owners, rules.backend)
 
 
 # ---- what is asked
@@ -129,6 +129,7 @@ def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str) -> None:
         output.document(
             {
                 "node": rules.node,
+                "backend": rules.backend,
                 rules.source: trace_show.document(wanted),
                 **_kernel(wanted, real, unread, rules.source),
             }
@@ -138,7 +139,7 @@ def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str) -> None:
     aim = f"[{packet.destination}]" if ":" in packet.destination else packet.destination
     output.line(
         f"{packet.source} → {aim}:{packet.port}/{packet.protocol.value} "
-        f"at {rules.node}, from {packet.entry.value}"
+        f"at {rules.node}, from {packet.entry.value}, by {rules.backend}"
     )
     for line in trace_show.lines(wanted):
         output.line(line, _STYLES.get(line.partition(",")[0]))

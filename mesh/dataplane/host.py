@@ -30,8 +30,13 @@ def check_rights() -> None:
 
 def check_program(program: str, package: str) -> None:
     """Raise HostNotReady unless `program` is installed; `package` is where Debian has it."""
-    if shutil.which(program) is None:
+    if not has_program(program):
         raise HostNotReady(f"{program} is not installed: apt install {package}")
+
+
+def has_program(program: str) -> bool:
+    """Whether `program` is installed."""
+    return shutil.which(program) is not None
 
 
 def check_port(port: int) -> None:

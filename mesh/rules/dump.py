@@ -6,7 +6,7 @@ Pure.  Elements are the kernel's bytes in hexadecimal, by owner; `FORMAT` change
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import msgspec
 
@@ -27,6 +27,11 @@ NODES: Final = "/nodes"
 
 UNKNOWN: Final = "/unknown"
 """The owner of what the kernel holds and nobody wants."""
+
+Backend = Literal["nftables", "iptables", "iptables-legacy", "iptables-nft"]
+"""What drives the rules; "iptables" where it does not matter which flavour."""
+
+BACKENDS: Final = get_args(Backend)
 
 _PREFIXES: Final = ("prefixes", "vips", "closed", "subnets")
 
@@ -100,7 +105,7 @@ class Dump(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unk
     """
 
     format: int
-    backend: Literal["nftables"]
+    backend: Backend
     node: str
     source: Literal["desired", "kernel"]
     program: Program
@@ -110,13 +115,17 @@ class Dump(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unk
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """A node's rules: its program, and the elements of each owner.  `source` says whose word."""
+    """A node's rules: its program, and the elements of each owner.
+
+    `source` says whose word it is, `backend` what drives them.
+    """
 
     node: str
     source: Literal["desired", "kernel"]
     parameters: Parameters
     addresses: tuple[str, ...]
     owners: Mapping[str, Elements]
+    backend: Backend = "nftables"
 
     @property
     def elements(self) -> Elements:
@@ -128,7 +137,7 @@ def dump(rules: Rules) -> Dump:
     """The document of a node's rules."""
     return Dump(
         format=FORMAT,
-        backend="nftables",
+        backend=rules.backend,
         node=rules.node,
         source=rules.source,
         program=Program.of(rules.parameters),
@@ -162,6 +171,7 @@ def load(text: bytes) -> Rules:
         parameters=given.program.parameters,
         addresses=given.addresses,
         owners={owner: dict(map(_element, listed)) for owner, listed in given.elements.items()},
+        backend=given.backend,
     )
 
 
@@ -183,12 +193,13 @@ def text(rules: Rules, owners: Iterable[str] | None = None) -> Iterator[str]:
         more = nft.sizes(rules.elements) - program.STATIC_SIZES
         yield from program.size_chains(more).splitlines()
     for owner in sorted(rules.owners) if owners is None else owners:
-        yield f"# {_title(owner)}"
+        yield f"# {title(owner)}"
         for key, data in sorted(rules.owners[owner].items()):
             yield f"add element inet mesh {elements.describe(key, data)}"
 
 
-def _title(owner: str) -> str:
+def title(owner: str) -> str:
+    """An owner as people call it."""
     return {NODES: "nodes of the mesh", UNKNOWN: "wanted by nobody"}.get(owner, f"service {owner}")
 
 

@@ -87,6 +87,11 @@ def allow_of(key: ElementKey) -> str:
     return allow_name(family, elements.allow_range(key)[0])
 
 
+def holds(key: ElementKey) -> bool:
+    """Whether an element is an entry of a set; others are rules."""
+    return key[0].startswith("allow") or key[0] in KEPT
+
+
 def is_prefix(key: ElementKey) -> bool:
     """Whether an allow element is one that ipset can hold; others do not come from records."""
     try:

@@ -7,7 +7,7 @@ What is not the mesh's (foreign firewalls, the routes themselves) is taken as th
 from __future__ import annotations
 
 import enum
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -24,11 +24,12 @@ from mesh.rules import (
     trace_rule,
     trace_sets,
     trace_words,
+    xtables_pools,
 )
 from mesh.rules.trace_sets import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from mesh.model.publish import Protocol
     from mesh.rules.elements import Elements
@@ -65,13 +66,20 @@ class Packet(NamedTuple):
 class Place:
     """A node: its program, what the maps hold, and its addresses beyond those of the mesh.
 
-    `owners` names the service of each frontend id, as far as that is known.
+    `owners` names the service of each frontend id, as far as that is known.  `backend` is what
+    drives the node: clients are hashed, and chains are called, as it does.
     """
 
     parameters: Parameters
     elements: Elements
     addresses: tuple[str, ...]
     owners: Mapping[int, str] = field(default_factory=dict)
+    backend: str = "nftables"
+
+    @property
+    def by_iptables(self) -> bool:
+        """Whether chains of iptables do what the program says."""
+        return self.backend != "nftables"
 
     def is_local(self, host: str) -> bool:
         """Whether the kernel would deliver to the node itself."""
@@ -212,7 +220,7 @@ def walk(packet: Packet, place: Place) -> Trace:
         return Trace(packet, tuple(first.steps), ending)
     slots = _slots(first.flow.draw, sets)
     total = first.flow.draw.slots
-    pool = tuple((target, Fraction(len(of), total)) for target, of in slots.items())
+    pool = tuple(_shares(first.flow.draw, slots, place))
     if first.flow.draw.hashed:
         chosen = first.flow.draw.slot
         slots = {target: of for target, of in slots.items() if chosen in of}
@@ -250,6 +258,17 @@ def _slots(draw: trace_rule.Draw, sets: trace_sets.Sets) -> dict[Target | None, 
     return dict(found)
 
 
+def _shares(
+    draw: trace_rule.Draw, slots: Mapping[Target | None, list[int]], place: Place
+) -> Iterator[tuple[Target | None, Fraction]]:
+    """Which part of all clients, or of all draws, each backend gets."""
+    weights = Counter(range(draw.slots))
+    if draw.hashed and place.by_iptables:
+        weights = xtables_pools.draws(draw.mark)
+    for target, of in slots.items():
+        yield target, Fraction(sum(weights[slot] for slot in of), weights.total())
+
+
 class _Walk:
     """One packet, and the dice it throws."""
 
@@ -279,6 +298,7 @@ class _Walk:
             slot=slot,
             iif=place.device(packet.entry),
             ether=elements.ether_bytes(packet.ether),
+            by_iptables=place.by_iptables,
         )
 
     def run(self) -> Ending:
@@ -350,7 +370,8 @@ class _Walk:
         if worth:
             asked = "; ".join(map(trace_words.question, looks)) or trace_words.brief(rule, outcome)
             answered = trace_words.answer(chain, outcome, self.place.owners)
-            self.steps.append(Step(asked, chain, answered, rule.text))
+            where = trace_words.chain(chain, self.flow)
+            self.steps.append(Step(asked, where, answered, rule.text))
 
     def _end(self) -> Ending:
         """Where the packet leaves, and as whose."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
 from mesh.model.address import Family
-from mesh.rules import jhash, trace_sets
+from mesh.rules import jhash, trace_sets, xtables_pools
 from mesh.rules.trace_sets import Target
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ class Draw(NamedTuple):
 
 @dataclass(slots=True)
 class Flow:
-    """What the kernel knows of the packet; rules change it.  `slot` is the dice of numgen."""
+    """What the kernel knows of the packet; rules change it.
+
+    `slot` is the dice of numgen; `by_iptables` says whose hash of a client's address counts.
+    """
 
     family: Family
     source: bytes
@@ -56,6 +59,7 @@ class Flow:
     tracked: bool = True
     translated: bool = False
     draw: Draw | None = None
+    by_iptables: bool = False
 
 
 class Look(NamedTuple):
@@ -225,6 +229,8 @@ class _Reader:
             slots = int(words.pop())
             words.pop()  # seed
             slot = jhash.slot(flow.source, int(words.pop(), 0), slots)
+            if flow.by_iptables:
+                slot = xtables_pools.slot_of(address.unpacked(flow.source), flow.ct_mark)
         flow.draw = Draw(words[-2].removeprefix("@"), flow.ct_mark, slots, slot, kind == "jhash")
         return slot
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mesh.rules import elements, marks
+from mesh.rules import elements, marks, xtables_pools
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mesh.rules.marks import Mark
     from mesh.rules.trace_program import Rule
-    from mesh.rules.trace_rule import Look, Outcome
+    from mesh.rules.trace_rule import Flow, Look, Outcome
 
 _SETS: Final = {
     "vips": "VIP",
@@ -60,6 +60,47 @@ _CHAINS: Final = {
     "last": "cleared before it leaves",
 }
 """What it means that a rule of a chain set something."""
+
+
+_IPTABLES: Final = {
+    "raw_pre": "MESH-RAW",
+    "raw_out": "MESH-RAW-OUT",
+    "raw_port": "MESH-RAW-PORT",
+    "raw_bridge": "MESH-RAW-BRIDGE",
+    "raw_overlay": "MESH-RAW-OVERLAY",
+    "raw_steer": "MESH-RAW-STEER",
+    "tunnel": "MESH-RAW-TUNNEL",
+    "nat_pre": "MESH-FIRST",
+    "nat_out": "MESH-FIRST-OUT",
+    "services": "MESH-SERVICES",
+    "here": "MESH-HERE",
+    "elsewhere": "MESH-ELSEWHERE",
+    "from_bridge": "MESH-FROM-BRIDGE",
+    "from_overlay": "MESH-FIRST",
+    "from_steer": "MESH-FROM-STEER",
+    "dispatch": "MESH-FRONTEND",
+    "refuse": "MESH-REFUSE",
+    "decide": "MESH-DECIDE",
+    "stay": "MESH-STAY",
+    "steer": "MESH-OURS",
+    "steer_back": "MESH-BACK",
+    "steer_out": "MESH-MANGLE-OUT",
+    "misfit": "MESH-MISFIT",
+    "misfit_here": "MESH-MISFIT-HERE",
+    "forward": "MESH-FORWARD",
+    "output": "MESH-OUTPUT",
+    "stray": "MESH-STRAY",
+    "nat_post": "MESH-NAT-POST",
+    "last": "MESH-LAST",
+}
+"""The chain of iptables that does what a chain of the program does; pools have their own."""
+
+
+def chain(name: str, flow: Flow) -> str:
+    """What the node calls a chain of the program that a flow is in."""
+    if not flow.by_iptables:
+        return name
+    return _IPTABLES.get(stem(name)) or xtables_pools.chain(flow.ct_mark)
 
 
 def stem(name: str) -> str:

@@ -38,6 +38,9 @@ ROOTS: Final = {"raw": ("MESH-ZONES", "MESH-PEERS"), "nat": ("MESH-POOLS",)}
 OWN: Final = re.compile(r"MESH-(?:[PH]-[0-9a-f-]+|T-[0-9]+-[0-9a-f]+)")
 """Names of chains that come and go with elements."""
 
+POOL: Final = re.compile(r"MESH-[PH]-[0-9a-f-]+")
+"""Names of those that belong to one pool; the others lead to many."""
+
 DRAWS: Final = marks.MAX_SLOTS
 DRAW_SEED: Final = 0x6D657368
 _DRAW: Final = f"--hmark-tuple src --hmark-mod {DRAWS} --hmark-offset 1 --hmark-rnd 0x{DRAW_SEED:x}"

@@ -229,7 +229,7 @@ def _first_entries(delta: ElementDelta, created: list[str]) -> Stage:
 
     A replica that reaches itself before it is in `hairpin` would never get an answer.
     """
-    new = {k: v for k, v in delta.add.items() if _in_sets(k) and k[0] not in elements.FRONTENDS}
+    new = {k: v for k, v in delta.add.items() if ipsets.holds(k) and k[0] not in elements.FRONTENDS}
     text = [ipsets.create_allow(name) for name in created]
     text += [line for key, data in new.items() for line in ipsets.additions(key, data)]
     undo = [
@@ -257,16 +257,14 @@ def _last_entries(delta: ElementDelta, destroyed: list[str]) -> Stage:
         for line in ipsets.removals(key)
     ]
     for key, data in delta.remove.items():
-        if not _in_sets(key) or (key[0].startswith("allow") and ipsets.allow_of(key) in destroyed):
+        if not ipsets.holds(key) or (
+            key[0].startswith("allow") and ipsets.allow_of(key) in destroyed
+        ):
             continue
         undo += ipsets.additions(key, data)
         if key not in delta.add:
             text += ipsets.removals(key)
     return [Step(None, _joined(text), _joined(undo))]
-
-
-def _in_sets(key: ElementKey) -> bool:
-    return key[0].startswith("allow") or key[0] in ipsets.KEPT
 
 
 def _joined(lines: Iterable[str]) -> str:

@@ -213,6 +213,11 @@ class Pools:
                 self.put(mark, grid.slot(bucket, cell), target)
 
 
+def chain(mark: int) -> str:
+    """The chain that the pool of a mark is in."""
+    return _name(0, id_of(mark))
+
+
 def _name(shift: int, value: int) -> str:
     if shift == _ROOT:
         return "MESH-POOLS"
@@ -258,6 +263,12 @@ def slot_of(source: str, mark: int) -> int:
     draw = 1 + (jhash.jhash(key, xtables.DRAW_SEED) * xtables.DRAWS >> 32)
     grid = _grid(mark)
     return grid.slot(0, draw >> grid.low)
+
+
+def draws(mark: int) -> Counter[int]:
+    """How many of the draws by client address lead to each slot: not quite equally many."""
+    grid = _grid(mark)
+    return Counter(grid.slot(0, draw >> grid.low) for draw in range(1, xtables.DRAWS + 1))
 
 
 class _Grid(NamedTuple):

@@ -1,0 +1,66 @@
+"""A node's rules in the language of iptables and ipset, for people and for the programs' own input.
+
+What the driver loads, but for the witness in the canary, which only a loaded program has.  Pure.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mesh.delta import Delta
+from mesh.model.address import FAMILIES, Family
+from mesh.rules import dump, ipsets, program, xtables
+from mesh.rules.xtables_image import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from mesh.rules.dump import Rules
+    from mesh.rules.elements import Elements
+    from mesh.rules.xtables import Chains
+
+_PROGRAMS: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
+
+
+def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
+    """The sets, then the tables of each family, each part after a line that says what reads it.
+
+    The whole, or only the entries and the pools' chains of some owners.
+    """
+    yield "# for: ipset restore -exist"
+    if owners is None:
+        yield from ipsets.program()
+    for owner in sorted(rules.owners) if owners is None else owners:
+        yield f"# {dump.title(owner)}"
+        yield from _entries(rules.owners[owner])
+    image = Image()
+    for owner in rules.owners if owners is None else owners:
+        image.update(Delta(add=rules.owners[owner]))
+    for family in FAMILIES:
+        yield f"# for: {_PROGRAMS[family]}-restore --noflush"
+        dynamic = image.chains(family)
+        if owners is None:
+            yield from _tables(rules, family, dynamic)
+        else:
+            pools = {n: r for n, r in dynamic["nat"].items() if xtables.POOL.fullmatch(n)}
+            yield from xtables.restore("nat", Delta({}, pools)).splitlines()
+    if owners is None:
+        yield "# for: nft -f -"
+        yield from program.build(rules.parameters).bridge.splitlines()
+
+
+def _entries(found: Elements) -> Iterator[str]:
+    yield from map(ipsets.create_allow, sorted(set(ipsets.sets_of(found))))
+    for key, data in sorted(found.items()):
+        if ipsets.holds(key):
+            yield from ipsets.additions(key, data)
+
+
+def _tables(rules: Rules, family: Family, dynamic: dict[str, Chains]) -> Iterator[str]:
+    static = xtables.program(rules.parameters, family)
+    version = xtables.version(static)
+    for table, each in static.items():
+        canary = (f"-m comment --comment {version}",)
+        chains = {xtables.CANARY: canary, **each.chains, **dynamic.get(table, {})}
+        jumps = xtables.hook_commands(each, xtables.Saved({}))
+        yield from xtables.restore(table, Delta({}, chains), jumps).splitlines()
