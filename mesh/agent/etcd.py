@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 @asynccontextmanager
 async def opened(config: EtcdConfig) -> AsyncIterator[Store]:
     """A connection, closed after the block.  It is first made when it is first used."""
-    store = EtcdStore(
-        EtcdOptions(
-            endpoints=config.endpoints,
-            user=config.user,
-            password=config.password,
-            ca=config.ca,
-            cert=config.cert,
-            key=config.key,
-        )
-    )
+    store = EtcdStore(options(config))
     try:
         yield store
     finally:
         await store.close()
+
+
+def options(config: EtcdConfig) -> EtcdOptions:
+    """How the store is reached."""
+    return EtcdOptions(
+        endpoints=config.endpoints,
+        user=config.user,
+        password=config.password,
+        ca=config.ca,
+        cert=config.cert,
+        key=config.key,
+    )

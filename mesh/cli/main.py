@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "service": ("mesh.cli.service:service", "Publish services; list and inspect them."),
     "task": ("mesh.cli.task:task", "Add, run, list and remove replicas of services."),
     "status": ("mesh.cli.status:status", "Say how the whole mesh is."),
+    "doctor": ("mesh.cli.doctor:doctor", "Examine this host; say what to do."),
     "trace": ("mesh.cli.trace:trace", "Walk one packet through a node's rules, step by step."),
     "rules": ("mesh.cli.rules:rules", "Show a node's rules; compare them with its kernel."),
     "schema": ("mesh.cli.schema:schema", "Print the JSON Schema of what etcd holds."),

@@ -136,10 +136,11 @@ def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str) -> None:
         )
         return
     packet = wanted.packet
+    words = "" if rules.backend == engine.NFTABLES else ", told in nft's words"
     aim = f"[{packet.destination}]" if ":" in packet.destination else packet.destination
     output.line(
         f"{packet.source} → {aim}:{packet.port}/{packet.protocol.value} "
-        f"at {rules.node}, from {packet.entry.value}, by {rules.backend}"
+        f"at {rules.node}, from {packet.entry.value}, by {rules.backend}{words}"
     )
     for line in trace_show.lines(wanted):
         output.line(line, _STYLES.get(line.partition(",")[0]))

@@ -42,7 +42,7 @@ async def until_listening(pid: int, wanted: Iterable[Port]) -> None:
     """Wait until the network namespace of process `pid` listens on all ports, within a limit."""
     missing, pause = set(wanted), _FIRST_PAUSE
     deadline = asyncio.get_running_loop().time() + LIMIT_SECONDS
-    while missing := missing - set(_listened(pid)):
+    while missing := missing - set(listened(pid)):
         if asyncio.get_running_loop().time() > deadline:
             names = ", ".join(sorted(f"{port}/{protocol.value}" for protocol, port in missing))
             _log.warning("nobody listens on %s after %g s: used anyway", names, LIMIT_SECONDS)
@@ -51,7 +51,8 @@ async def until_listening(pid: int, wanted: Iterable[Port]) -> None:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _listened(pid: int) -> Iterator[Port]:
+def listened(pid: int) -> Iterator[Port]:
+    """The ports somebody listens on in the network namespace of a process."""
     for protocol, tables in _TABLES.items():
         for table in tables:
             try:

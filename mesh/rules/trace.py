@@ -369,7 +369,7 @@ class _Walk:
             worth = bool(looks or outcome.set or outcome.verdict not in ("", "jump", "return"))
         if worth:
             asked = "; ".join(map(trace_words.question, looks)) or trace_words.brief(rule, outcome)
-            answered = trace_words.answer(chain, outcome, self.place.owners)
+            answered = trace_words.answer(chain, outcome, self.flow, self.place.owners)
             where = trace_words.chain(chain, self.flow)
             self.steps.append(Step(asked, where, answered, rule.text))
 

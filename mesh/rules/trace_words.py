@@ -133,15 +133,16 @@ def brief(rule: Rule, outcome: Outcome) -> str:
     return "anything else" if text == outcome.verdict else text
 
 
-def answer(chain: str, outcome: Outcome, owners: Mapping[int, str]) -> str:
-    """What came of a rule; `owners` names the service of a frontend id."""
+def answer(name: str, outcome: Outcome, flow: Flow, owners: Mapping[int, str]) -> str:
+    """What came of a rule of a chain; `owners` names the service of a frontend id."""
     parts = [_found(look, owners) for look in outcome.looks]
     if outcome.set:
         parts.append(outcome.set)
     if outcome.verdict:
-        parts.append(f"{outcome.verdict} {outcome.aim}".rstrip())
+        aim = chain(outcome.aim, flow) if outcome.aim else ""
+        parts.append(f"{outcome.verdict} {aim}".rstrip())
     if outcome.matched:
-        parts.append(_CHAINS.get(chain, "") if outcome.set else "")
+        parts.append(_CHAINS.get(name, "") if outcome.set else "")
     return ", ".join(part for part in parts if part) or "yes"
 
 

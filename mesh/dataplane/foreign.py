@@ -1,0 +1,170 @@
+"""What others on this host have that could be in the mesh's way: firewalls, marks, routing rules.
+
+Only looks, and asks for no table that does not exist: that would create it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mesh.dataplane import command, host
+from mesh.dataplane.firewall import Table
+from mesh.model.address import FAMILIES, Family
+from mesh.model.link import PROTOCOL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_PROGRAMS: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
+_AF: Final = {Family.V4: 2, Family.V6: 10}
+_XMARK: Final = re.compile(r"-j (MARK|CONNMARK) --set-xmark 0x([0-9a-f]+)/0x([0-9a-f]+)")
+_SET: Final = re.compile(r"\b(meta|ct) mark set\b")
+_OURS: Final = ("MESH-", "warren-mesh")
+_COMPATIBLE: Final = frozenset(("raw", "mangle", "nat", "filter", "security"))
+"""Tables of the families ip and ip6 that iptables-nft prints in its own words."""
+
+
+class Filter(NamedTuple):
+    """One filter table: the policy of each built-in chain, and the rules of every chain."""
+
+    policies: Mapping[str, str]
+    rules: Mapping[str, list[str]]
+
+    def listed(self, chain: str) -> str:
+        """A built-in chain as `iptables -S` lists it."""
+        lines = (f"-A {chain} {rule}\n" for rule in self.rules[chain])
+        return f"-P {chain} {self.policies[chain]}\n{''.join(lines)}"
+
+
+class Marking(NamedTuple):
+    """A rule of somebody else that changes marks: the packet's (MARK) or the flow's (CONNMARK), in
+    these bits.
+    """
+
+    where: str
+    kind: str
+    bits: int
+    rule: str
+
+
+class Chain(NamedTuple):
+    """A chain of an nftables table that is neither ours nor iptables', hooked where it may drop."""
+
+    table: str
+    name: str
+    hook: str
+    policy: str
+
+
+class RoutingRule(NamedTuple):
+    """A routing rule of somebody else."""
+
+    family: Family
+    priority: int
+    mark: int
+    mask: int
+
+
+async def saved() -> dict[Table, str]:
+    """What iptables-save prints of every flavour and family whose programs are here.
+
+    Raises CommandFailed.
+    """
+    found = {}
+    for flavour in ("nft", "legacy"):
+        for family in FAMILIES:
+            program = f"{_PROGRAMS[family]}-{flavour}-save"
+            if host.has_program(program):
+                found[Table(flavour, family)] = await command.run(program)
+    return found
+
+
+def filters(text: str) -> Filter | None:
+    """The filter table in what iptables-save printed, or None.  Pure."""
+    for table, lines in _tables(text):
+        if table != "filter":
+            continue
+        policies, rules = dict[str, str](), dict[str, list[str]]()
+        for line in lines:
+            if line[0] == ":":
+                name, policy = line[1:].split()[:2]
+                policies[name], rules[name] = policy, []
+            else:
+                name, _, rule = line.removeprefix("-A ").partition(" ")
+                rules[name].append(rule)
+        return Filter(policies, rules)
+    return None
+
+
+def markings(program: str, text: str) -> Iterator[Marking]:
+    """The rules of others in what iptables-save printed that change marks.  Pure."""
+    for table, lines in _tables(text):
+        for line in lines:
+            found = _XMARK.search(line)
+            if found is not None and not any(word in line for word in _OURS):
+                bits = int(found[2], 16) | int(found[3], 16)
+                yield Marking(f"{program} -t {table}", found[1], bits, line.removeprefix("-A "))
+
+
+def _tables(text: str) -> Iterator[tuple[str, list[str]]]:
+    table, lines = "", list[str]()
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table, lines = line[1:], []
+        elif line == "COMMIT":
+            yield table, lines
+        elif line[:1] in (":", "-"):
+            lines.append(line)
+
+
+async def chains() -> list[Chain]:
+    """Hooked chains in the tables of others.  Raises CommandFailed."""
+    listed = json.loads(await command.run("nft", "-j", "list", "chains"))["nftables"]
+    found = []
+    for each in listed:
+        chain = each.get("chain", {})
+        table = f"{chain.get('family')} {chain.get('table')}"
+        if chain.get("hook") and not _is_known(table):
+            policy = chain.get("policy", "accept")
+            found.append(Chain(table, chain["name"], chain["hook"], policy))
+    return found
+
+
+def _is_known(table: str) -> bool:
+    """Whether a table is ours, or one that iptables-nft tells of."""
+    family, _, name = table.partition(" ")
+    return name == "mesh" or (family in ("ip", "ip6") and name in _COMPATIBLE)
+
+
+async def nft_markings() -> list[Marking]:
+    """The rules of others in nftables' own tables that change marks; which bits is not known.
+
+    Raises CommandFailed.  Elements are not asked for: there may be many.
+    """
+    found, table = list[Marking](), ""
+    for line in (await command.run("nft", "-t", "list", "ruleset")).splitlines():
+        if line.startswith("table "):
+            table = line.removeprefix("table ").removesuffix(" {")
+        elif (kind := _SET.search(line)) is not None and not _is_known(table):
+            name = "MARK" if kind[1] == "meta" else "CONNMARK"
+            found.append(Marking(f"nft table {table}", name, 0xFFFFFFFF, line.strip()))
+    return found
+
+
+async def routing_rules() -> list[RoutingRule]:
+    """The routing rules that are not ours."""
+    return await asyncio.to_thread(lambda: list(_routing_rules()))
+
+
+def _routing_rules() -> Iterator[RoutingRule]:
+    from pyroute2 import IPRoute
+
+    with IPRoute(strict_check=True, groups=0) as netlink:
+        for family in FAMILIES:
+            for m in list(netlink.get_rules(family=_AF[family])):
+                if m.get("protocol") != PROTOCOL:
+                    mark, mask = m.get("fwmark") or 0, m.get("fwmask") or 0
+                    yield RoutingRule(family, m.get("priority") or 0, mark, mask)

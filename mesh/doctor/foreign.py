@@ -1,0 +1,160 @@
+"""Checks of what others have on this host: firewalls, marks, routing rules, devices, ports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mesh.dataplane import firewall, foreign, host
+from mesh.doctor import check
+from mesh.doctor.check import AS_ROOT
+from mesh.errors import CommandFailed, HostNotReady
+from mesh.rules import marks
+from mesh.wg import links
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from mesh.dataplane.firewall import Table
+    from mesh.dataplane.foreign import Chain, Filter, Marking, RoutingRule
+    from mesh.doctor.check import Check
+    from mesh.doctor.subject import Subject
+
+_MARK_FIELD: Final = f"{marks.NODE_MASK:#x}"
+_ACCEPT: Final = f"-m connmark --mark {marks.OURS:#x}/{marks.OURS:#x} -j ACCEPT"
+
+
+async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list[Check]:
+    """Whether somebody's FORWARD or INPUT drops what the mesh needs."""
+    found: list[Check] = []
+    try:
+        for table, text in (await foreign.saved()).items():
+            rules = foreign.filters(text)
+            if rules is not None and f"iptables-{table.flavour}" != backend:
+                found += _of_forward(table, rules, running=running)
+            if rules is not None:
+                found += _of_input(subject, table, rules)
+        if host.has_program("nft"):
+            found += _of_chains(await foreign.chains())
+    except CommandFailed as error:
+        return [check.warn("firewall", f"not read: {error}", AS_ROOT)]
+    return found or [check.ok("firewall", "nobody's FORWARD or INPUT drops by default")]
+
+
+def _of_forward(table: Table, rules: Filter, *, running: bool) -> Iterator[Check]:
+    if "FORWARD" not in rules.policies or not firewall.missing(rules.listed("FORWARD")):
+        return
+    drops = rules.policies["FORWARD"] == "DROP"
+    evidence = f"{table.program} FORWARD has {'policy DROP' if drops else 'rules of others'}"
+    if not running:
+        text = f"{evidence}; the agent puts one line that accepts its flows at the top"
+        yield check.ok("firewall", text)
+        return
+    status = check.fail if drops else check.warn
+    yield status(
+        "firewall",
+        f"{evidence}, and does not begin with the mesh's line",
+        f"see the agent's log, or run `{table.program} -I FORWARD 1 {_ACCEPT}`",
+    )
+
+
+def _of_input(subject: Subject, table: Table, rules: Filter) -> Iterator[Check]:
+    """Only what rules name is asked; a rule may accept more than it names."""
+    if rules.policies.get("INPUT") != "DROP":
+        return
+    wireguard, steering = subject.cluster.wireguard_port, subject.cluster.steering_port
+    wanted = {
+        f"--dport {wireguard} ": f"-p udp --dport {wireguard} -j ACCEPT",
+        f"--dport {steering} ": f"-i {subject.names.overlay} -p udp --dport {steering} -j ACCEPT",
+        f"{marks.OURS:#x}/{marks.OURS:#x}": _ACCEPT,
+    }
+    every = "\n".join(rule for each in rules.rules.values() for rule in each)
+    lacking = [line for words, line in wanted.items() if words not in every]
+    evidence = f"{table.program} INPUT has policy DROP"
+    if not lacking:
+        yield check.ok("firewall", f"{evidence}, and names what the mesh needs")
+        return
+    lines = "; ".join(f"{table.program} -I INPUT {line}" for line in lacking)
+    status = check.warn if any(map(_is_broad, rules.rules["INPUT"])) else check.fail
+    text = f"{evidence} and does not name all that the mesh needs"
+    yield status("firewall", text, f"run `{lines}`, and keep ICMPv6 open")
+
+
+def _is_broad(rule: str) -> bool:
+    """Whether a rule leads elsewhere, or accepts without looking at a port or a state."""
+    narrow = ("--dport", "state", "-i lo ", "icmp")
+    return not any(word in rule for word in narrow) and "MESH-" not in rule
+
+
+def _of_chains(chains: list[Chain]) -> Iterator[Check]:
+    """An accept of ours is final in our table alone."""
+    for chain in chains:
+        if chain.hook in ("forward", "input") and chain.policy == "drop":
+            text = (
+                f"nft table {chain.table}, chain {chain.name} drops what it is not told to accept"
+            )
+            fix = f"accept `ct mark & {marks.OURS:#x} == {marks.OURS:#x}` there"
+            if chain.hook == "input":
+                fix += ", UDP for WireGuard and the steering device, and ICMPv6"
+            yield check.warn("firewall", text, fix)
+
+
+async def of_marks() -> list[Check]:
+    """Whether somebody else writes the marks that the mesh uses."""
+    found: list[Marking] = []
+    try:
+        for table, text in (await foreign.saved()).items():
+            found += foreign.markings(table.program, text)
+        if host.has_program("nft"):
+            found += await foreign.nft_markings()
+    except CommandFailed as error:
+        return [check.warn("marks", f"not read: {error}", AS_ROOT)]
+    taken = [each for each in found if _is_in_the_way(each)]
+    if not taken:
+        return [check.ok("marks", "nobody else writes the bits of the mesh")]
+    more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
+    fix = (
+        f"keep it out of packet mark bits {_MARK_FIELD}, and away from flows whose ct mark has "
+        f"{marks.OURS:#x}"
+    )
+    return [check.warn("marks", f"{taken[0].where}: {taken[0].rule}{more}", fix)]
+
+
+def _is_in_the_way(each: Marking) -> bool:
+    """A flow's mark is ours as a whole; of the packet's, one field."""
+    return bool(each.bits & marks.NODE_MASK) or (each.kind == "CONNMARK" and each.bits != 0)
+
+
+def of_routing(rules: list[RoutingRule]) -> Iterator[Check]:
+    """Whether somebody's routing rules stand between ours or look at our bits."""
+    ours = range(links.RULE_SKIP, links.RULE_END + 1)
+    between = [rule for rule in rules if rule.priority in ours]
+    looking = [rule for rule in rules if rule.mask & marks.NODE_MASK]
+    for rule in [*between, *looking][:1]:
+        text = (
+            f"IPv{rule.family.value} rule {rule.priority} fwmark {rule.mark:#x}/{rule.mask:#x} "
+            "of somebody else"
+        )
+        fix = f"move it out of priorities {ours[0]}-{ours[-1]} and packet mark bits {_MARK_FIELD}"
+        yield check.warn("routing", text, fix)
+    if not between and not looking:
+        yield check.ok("routing", "nobody's routing rules touch ours")
+
+
+def of_ports(subject: Subject, devices: Collection[str]) -> Iterator[Check]:
+    """Whether our UDP ports are free, where our devices do not have them yet."""
+    cluster, names = subject.cluster, subject.names
+    ports = {
+        "wireguardPort": (cluster.wireguard_port, names.overlay),
+        "steeringPort": (cluster.steering_port, names.steering),
+    }
+    for setting, (port, device) in ports.items():
+        if device in devices:
+            continue
+        try:
+            host.check_port(port)
+        except HostNotReady:
+            fix = f"stop what uses it (ss -ulnp sport = {port}), or choose {setting} at init"
+            yield check.fail("udp", f"port {port} is taken by somebody else", fix)
+            return
+    numbers = " and ".join(str(port) for port, _ in ports.values())
+    yield check.ok("udp", f"{numbers} are free or the mesh's")
