@@ -359,7 +359,8 @@ def _bridge_gone() -> Iterator[Problem]:
         return
     with closing(Socket()) as netlink:
         if (BRIDGE, nfmessages.TABLE) not in nfmessages.tables(netlink):
-            yield Problem(about="table bridge mesh", message=f"is gone: {_NO_BRIDGE}")
+            message = "is gone: replicas on one bridge miss replies until the agent loads it again"
+            yield Problem(about="table bridge mesh", message=message)
 
 
 def _explained(error: CommandFailed) -> ApplyFailed:

@@ -37,13 +37,15 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
     for owner in rules.owners if owners is None else owners:
         image.update(Delta(add=rules.owners[owner]))
     for family in FAMILIES:
-        yield f"# for: {_PROGRAMS[family]}-restore --noflush"
         dynamic = image.chains(family)
+        pools = {n: r for n, r in dynamic["nat"].items() if xtables.POOL.fullmatch(n)}
         if owners is None:
-            yield from _tables(rules, family, dynamic)
+            lines = "".join(_tables(rules, family, dynamic))
         else:
-            pools = {n: r for n, r in dynamic["nat"].items() if xtables.POOL.fullmatch(n)}
-            yield from xtables.restore("nat", Delta({}, pools)).splitlines()
+            lines = xtables.restore("nat", Delta({}, pools))
+        if lines:
+            yield f"# for: {_program(rules, family)}-restore --noflush"
+            yield from lines.splitlines()
     if owners is None:
         yield "# for: nft -f -"
         yield from program.build(rules.parameters).bridge.splitlines()
@@ -63,4 +65,10 @@ def _tables(rules: Rules, family: Family, dynamic: dict[str, Chains]) -> Iterato
         canary = (f"-m comment --comment {version}",)
         chains = {xtables.CANARY: canary, **each.chains, **dynamic.get(table, {})}
         jumps = xtables.hook_commands(each, xtables.Saved({}))
-        yield from xtables.restore(table, Delta({}, chains), jumps).splitlines()
+        yield xtables.restore(table, Delta({}, chains), jumps)
+
+
+def _program(rules: Rules, family: Family) -> str:
+    """With the flavour, where that is known."""
+    _, dash, flavour = rules.backend.partition("-")
+    return f"{_PROGRAMS[family]}{dash}{flavour}"
