@@ -17,7 +17,11 @@ _PREFIX: Final = "MESH-"
 
 def main() -> None:
     """Print the rules of our chains, and those of others that lead to them, by table and chain."""
+    import iptc
+
     family, *names = sys.argv[1:]
+    # To tell a chain from an extension it opens every table of this list, which creates it.
+    iptc.Table.ALL = iptc.Table6.ALL = names
     json.dump({name: _read(name, ipv6=family == "6") for name in names}, sys.stdout)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mesh.dataplane import witness
 from mesh.dataplane.memory import MemoryDriver
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, NotFound
+from mesh.model.address import Family
 from mesh.model.publish import Protocol
-from mesh.rules import elements, nft
+from mesh.model.service import Affinity
+from mesh.rules import elements, marks, nft, xtables_pools
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from tests.support import drivers, rules
@@ -43,6 +47,17 @@ def adding(found: Elements) -> Delta[ElementKey, bytes]:
     return Delta(add=found)
 
 
+async def check_witness(driver: Driver) -> None:
+    """Let somebody else read what the driver wrote: he sees it as iptables-save does.
+
+    python-iptables reads legacy tables alone, in a process of its own.
+    """
+    if driver.name == "iptables-legacy" and witness.is_installed():
+        compared = await witness.compare(rules.PARAMETERS)
+        assert compared.rules > 100
+        assert compared.disagreements == ()
+
+
 def service(replicas: int, *, number: int = 1) -> Forwarding:
     port = Frontend(Scope.INGRESS, None, Protocol.TCP, 30000 + number)
     pool = tuple(Backend(f"10.0.{i >> 8}.{i & 255}", 80) for i in range(replicas))
@@ -56,6 +71,7 @@ async def test_elements_of_every_set_read_back_as_written(driver: Driver, name: 
     await driver.apply(adding(wanted))
 
     assert await driver.read() == wanted
+    await check_witness(driver)
 
 
 async def test_applying_what_is_there_changes_nothing(driver: Driver) -> None:
@@ -156,6 +172,55 @@ async def test_pools_of_every_size_are_accepted(driver: Driver, replicas: int) -
     assert await driver.read() == wanted
 
 
+def drawn(rules: list[dict[str, Any]]) -> dict[str, Fraction]:
+    """The share of each backend in a chain as the witness tells it."""
+    shares, left = dict[str, Fraction](), Fraction(1)
+    for rule in rules:
+        odds = Fraction(rule["statistic"]["probability"]) if "statistic" in rule else Fraction(1)
+        part = left * odds.limit_denominator(1023)
+        shares[rule["target"]["DNAT"]["to-destination"]] = part
+        left -= part
+    return shares
+
+
+@pytest.mark.skipif(not witness.is_installed(), reason="python-iptables is not installed")
+@pytest.mark.parametrize("driver", ["iptables-legacy"], indirect=True)
+async def test_a_witness_sees_every_backend_with_its_share(driver: Driver) -> None:
+    port = Frontend(Scope.INGRESS, None, Protocol.TCP, 30001)
+    weights = {"10.0.1.2": 1, "10.0.1.3": 2, "fd11::2": 1, "fd11::3": 3}
+    pool = tuple(Backend(address, 80, weight) for address, weight in weights.items())
+    affine = Frontend(Scope.INGRESS, None, Protocol.TCP, 30002)
+    ids = Ids()
+    wanted = nft.lower(Forwarding("random", (port,), pool), ids)
+    wanted |= nft.lower(
+        Forwarding("affine", (affine,), pool, Affinity.CLIENT_IP, allow=("10.0.0.0/8",)), ids
+    )
+    await driver.apply(adding(wanted))
+
+    await check_witness(driver)
+    told = {family: (await witness.tell(family, ("nat",)))["nat"] for family in Family}
+
+    chain = xtables_pools.chain(marks.Mark(ids.of("random"), 3).value)
+    assert drawn(told[Family.V4][chain]) == {
+        "10.0.1.2:80": Fraction(1, 3),
+        "10.0.1.3:80": Fraction(2, 3),
+    }
+    assert drawn(told[Family.V6][chain]) == {
+        "[fd11::2]:80": Fraction(1, 4),
+        "[fd11::3]:80": Fraction(3, 4),
+    }
+
+
+async def test_what_is_examined_is_what_is_read_until_somebody_changes_it(driver: Driver) -> None:
+    wanted = nft.lower(service(300), Ids())
+    await driver.apply(adding(wanted))
+
+    examined = await driver.examine()
+
+    assert examined.elements == await driver.read() == wanted
+    assert (examined.loaded, examined.differences) == (examined.wanted, ())
+
+
 async def test_preparing_again_keeps_all_elements(driver: Driver) -> None:
     wanted = nft.lower(service(300), Ids())
     await driver.apply(adding(wanted))
@@ -170,8 +235,9 @@ async def test_after_removal_there_is_nothing_to_read(driver: Driver) -> None:
 
     await driver.remove()
 
-    with pytest.raises(NotFound):
-        await driver.read()
+    for look in (driver.read, driver.examine):
+        with pytest.raises(NotFound):
+            await look()
     await driver.remove()
     await driver.prepare()
     assert await driver.read() == {}

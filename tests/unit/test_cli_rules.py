@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mesh.agent import config
-from mesh.rules import dump
+from mesh.model.address import packed, unpacked
+from mesh.rules import dump, elements, jhash, xtables_pools
 from mesh.store.memory import MemoryStore
 from tests.support.commands import KEYS, CommandLine, add_web, start_cluster
 
@@ -54,6 +55,74 @@ def test_the_rules_of_one_service_are_its_elements_alone(cli: CommandLine) -> No
     assert {line.split()[0] for line in shown} == {"#", "add"}
     assert any("vips4 { 10.1.0.1 . tcp . 80 : " in line for line in shown)
     assert not any("nodes4" in line for line in shown)
+
+
+@pytest.mark.parametrize("backend", ["iptables", "iptables-legacy", "iptables-nft"])
+def test_rules_are_shown_as_ipset_and_iptables_take_them(cli: CommandLine, backend: str) -> None:
+    shown = cli.ok("rules", "show", "--node", "n1", "--backend", backend).splitlines()
+
+    assert shown[0].startswith(f"# {backend} of node n1, ")
+    parts = [line.removeprefix("# for: ") for line in shown if line.startswith("# for: ")]
+    restore = [f"{program}{backend[8:]}-restore --noflush" for program in ("iptables", "ip6tables")]
+    assert parts == ["ipset restore -exist", *restore, "nft -f -"]
+    assert "add mesh-vips4 10.1.0.1,tcp:80 skbmark 0x10401" in shown
+    assert "-I PREROUTING 1 -j MESH-RAW" in shown
+    assert shown.count(":MESH-CANARY - [0:0]") == 8
+
+
+def test_of_iptables_a_service_has_its_entries_and_its_pools_chains(cli: CommandLine) -> None:
+    words = ("rules", "show", "--node", "n1", "--service", "web", "--backend", "iptables")
+    shown = cli.ok(*words).splitlines()
+
+    assert {line.split()[0] for line in shown} <= {
+        "#",
+        "add",
+        "*nat",
+        ":MESH-P-00001",
+        "-A",
+        "COMMIT",
+    }
+    assert not any("nodes4" in line for line in shown)
+    (rule,) = (line for line in shown if line.startswith("-A MESH-P-00001"))
+    assert rule.endswith("-j DNAT --to-destination 10.0.1.5:80")
+
+
+@pytest.mark.parametrize(
+    ("reported", "language"),
+    [
+        ("nftables", "nftables"),
+        ("iptables-legacy", "iptables-legacy"),
+        ("iptables-nft", "iptables-nft"),
+        ("\x1b[2J", "nftables"),
+    ],
+)
+def test_the_language_is_that_of_what_the_nodes_agent_drives(
+    cli: CommandLine, reported: str, language: str
+) -> None:
+    cli.apply("n1", backend=reported)
+
+    shown = cli.ok("rules", "show", "--node", "n1")
+    dumped = cli.json("rules", "show", "--node", "n1")
+
+    assert shown.startswith(f"# {language} of node n1, ")
+    assert dumped["backend"] == language
+    assert cli.json("trace", CLIENT, "n1:8080", "--node", "n1")["backend"] == language
+
+
+def test_a_report_that_cannot_be_read_disturbs_nothing(cli: CommandLine) -> None:
+    cli.put(KEYS.applied("n1"), b"{")
+
+    assert cli.json("rules", "show", "--node", "n1")["backend"] == "nftables"
+
+
+def test_a_dump_is_translated_if_asked(cli: CommandLine, dumped: Path) -> None:
+    words = ("rules", "show", "--backend", "iptables-nft")
+
+    from_etcd = cli.ok(*words, "--node", "n1")
+    from_dump = cli.ok(*words, "--offline", str(dumped))
+
+    assert from_dump == from_etcd
+    assert cli.json(*words, "--offline", str(dumped))["backend"] == "iptables-nft"
 
 
 def test_a_dump_shows_the_same_rules_without_etcd(cli: CommandLine, dumped: Path) -> None:
@@ -110,6 +179,44 @@ def test_a_trace_without_etcd_gives_the_same_answer(cli: CommandLine, dumped: Pa
     assert offline["desired"] == online["desired"]
 
 
+def test_a_trace_of_iptables_names_its_chains(cli: CommandLine) -> None:
+    cli.apply("n1", backend="iptables-nft")
+
+    found = cli.json("trace", CLIENT, "192.0.2.1:8080", "--node", "n1")
+
+    (backend,) = found["desired"]["backends"]
+    where = {step["where"] for step in [*found["desired"]["steps"], *backend["steps"]]}
+    assert where >= {"MESH-SERVICES", "MESH-HERE", "MESH-FRONTEND", "MESH-P-00001"}
+    assert all(name.startswith("MESH-") for name in where)
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-legacy"])
+def test_an_affine_client_is_traced_offline_as_its_backend_hashes(
+    cli: CommandLine, tmp_path: Path, backend: str
+) -> None:
+    cli.put(KEYS.health("n2", "web-2"), {"service": "web", "healthy": True})
+    cli.ok("service", "update", "web", "--affinity", "client-ip")
+    path = tmp_path / "affine.json"
+    dumped = cli.ok("rules", "show", "--node", "n1", "--backend", backend, "--json")
+    path.write_text(dumped)
+    loaded = dump.load(dumped.encode())
+    key = ("meshports4", elements.proto_bytes(6) + elements.port_bytes(8080))
+    mark = loaded.elements[key]
+    told, expected = {}, {}
+
+    for client in (f"203.0.113.{n}" for n in range(1, 30)):
+        found = cli.json("trace", client, "192.0.2.1:8080", "--offline", str(path))["desired"]
+        told[client] = [b["address"] for b in found["backends"]]
+        slot = jhash.slot(packed(client), 0x6D657368, 251)
+        if backend != "nftables":
+            slot = xtables_pools.slot_of(client, elements.mark_of(mark))
+        target = loaded.elements["targets4", mark + elements.mark_bytes(slot)]
+        expected[client] = [unpacked(target[:4])]
+
+    assert told == expected
+    assert len({each[0] for each in told.values()}) == 2
+
+
 def test_a_hostile_dump_cannot_write_to_the_terminal(cli: CommandLine, dumped: Path) -> None:
     document = json.loads(dumped.read_text())
     document["elements"]["x\nflush ruleset\x1b[2J"] = document["elements"].pop("web")
@@ -131,6 +238,7 @@ def _broken(name: str) -> Any:
         "device": lambda d: d | {"program": d["program"] | {"bridge": 'a" }'}},
         "prefix": lambda d: d | {"program": d["program"] | {"overlay": ["x", "y"]}},
         "address": lambda d: d | {"addresses": ["1.2.3.4; flush ruleset"]},
+        "backend": lambda d: d | {"backend": "ipchains"},
         "field": lambda d: d | {"more": 1},
         "port": lambda d: d | {"program": d["program"] | {"steeringPort": "0 drop"}},
         "list": lambda d: [d],
@@ -139,7 +247,19 @@ def _broken(name: str) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["format", "set", "size", "hex", "device", "prefix", "address", "field", "port", "list"],
+    [
+        "format",
+        "set",
+        "size",
+        "hex",
+        "device",
+        "prefix",
+        "address",
+        "backend",
+        "field",
+        "port",
+        "list",
+    ],
 )
 def test_a_file_that_is_no_dump_is_bad_usage(cli: CommandLine, dumped: Path, name: str) -> None:
     dumped.write_text(json.dumps(_broken(name)(json.loads(dumped.read_text()))))

@@ -6,6 +6,8 @@ Node n1 of three: 192.0.2.1, overlay 10.0.0.1, containers 10.0.1.0/24.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -24,6 +26,8 @@ from mesh.rules import (
     trace_rule,
     trace_sets,
     trace_show,
+    trace_words,
+    xtables,
 )
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
@@ -259,6 +263,43 @@ def test_every_rule_of_the_program_can_be_read() -> None:
 
     assert {base.hook for base in loaded.bases} >= {"prerouting", "forward", "postrouting"}
     assert sum(map(len, loaded.chains.values())) > 300
+
+
+def test_every_chain_has_one_of_iptables_that_does_the_same() -> None:
+    loaded = trace_program.load(program.build(rules.PARAMETERS).inet)
+    flow = trace_rule.Flow(Family.V4, b"", b"", 6, 80, by_iptables=True)
+    there = {
+        name
+        for family in FAMILIES
+        for table in xtables.program(rules.PARAMETERS, family).values()
+        for name in table.chains
+    }
+    pools = {name for name in loaded.chains if name.startswith(("random_", "hash_", "allowed"))}
+
+    told = {name: trace_words.chain(name, flow) for name in loaded.chains}
+
+    # Nobody fills the sets that "dead" looks into.
+    assert {told[name] for name in pools} == {"MESH-P-00000"}
+    assert {told[name] for name in told.keys() - pools - {"dead"}} <= there
+
+
+def test_the_shares_of_an_affine_pool_are_those_of_the_backends_own_hash() -> None:
+    pool = tuple(Backend(f"10.0.1.{n}", 80) for n in range(1, 4))
+    world = place(Forwarding("web", (INGRESS,), pool, affinity=Affinity.CLIENT_IP))
+    shares = {
+        backend: dict(trace.walk(syn(CLIENT, NODE, 8080), replace(world, backend=backend)).pool)
+        for backend in ("nftables", "iptables-nft")
+    }
+    slots = Counter(v for (name, _), v in world.elements.items() if name == "targets4")
+
+    for address, share in shares["nftables"].items():
+        assert address is not None
+        key = packed(address.address) + elements.port_bytes(80)
+        assert share == Fraction(slots[key], 251)
+        # 256 cells for 251 slots: not quite the same, but hardly otherwise.
+        assert float(shares["iptables-nft"][address]) == pytest.approx(float(share), rel=0.1)
+    assert {sum(each.values()) for each in shares.values()} == {1}
+    assert shares["nftables"] != shares["iptables-nft"]
 
 
 def test_a_walk_can_be_shown_and_sent() -> None:
