@@ -6,17 +6,20 @@ packages=(
   ip:iproute2 conntrack:conntrack ipset:ipset unshare:util-linux ping:iputils-ping openssl:openssl
 )
 
+compiler=(gcc:gcc gcc:libc6-dev) # python-iptables, a witness in tests, comes as source
+
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "$(basename "$0"): $*"; exit 1; }
 
-install_packages() {
+install_packages() { # further PROGRAM:PACKAGE pairs may be given
   local missing=() entry
   PATH="$PATH:/usr/sbin:/sbin"
-  for entry in "${packages[@]}"; do
+  for entry in "${packages[@]}" "$@"; do
     command -v "${entry%%:*}" >/dev/null || missing+=("${entry##*:}")
   done
   command -v python3 >/dev/null || missing+=(python3)
   python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  [ $# -eq 0 ] || has_headers || missing+=(python3-dev)
   [ ${#missing[@]} -eq 0 ] && return
   command -v apt-get >/dev/null ||
     fail "missing: ${missing[*]}; install them (this is not Debian or Ubuntu: no apt-get)"
@@ -36,6 +39,11 @@ install_packages() {
     fail "apt-get could not install ${missing[*]}"
   fi
   rm -f "$log"
+}
+
+has_headers() {
+  python3 -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null
 }
 
 check_python() {
