@@ -278,9 +278,8 @@ def test_every_chain_has_one_of_iptables_that_does_the_same() -> None:
 
     told = {name: trace_words.chain(name, flow) for name in loaded.chains}
 
-    # Nobody fills the sets that "dead" looks into.
     assert {told[name] for name in pools} == {"MESH-P-00000"}
-    assert {told[name] for name in told.keys() - pools - {"dead"}} <= there
+    assert {told[name] for name in told.keys() - pools} <= there
 
 
 def test_the_shares_of_an_affine_pool_are_those_of_the_backends_own_hash() -> None:
