@@ -145,13 +145,15 @@ async def _read(session: Session, name: str, here: AgentConfig | None, asked: st
 
 async def _reported(session: Session, name: str) -> str | None:
     """The backend that the node's agent says it drives."""
+    from mesh.agent import backend
+
     key = session.keys.applied(name)
     item = await session.store.get(key)
     try:
         told = schema.decode(key, item.value, Applied).backend if item is not None else None
     except errors.InvalidRecord:
         return None  # `mesh status` tells
-    return told if told in dump.BACKENDS else None
+    return told if told in backend.NAMES else None
 
 
 async def _kernel(
@@ -162,14 +164,14 @@ async def _kernel(
 
     name = asked or reported or configured
     try:
-        holding = await backend.holding(parameters)
+        holding, others = await backend.holding(parameters), list[Problem]()
         if asked:
-            name = await backend.expected(asked)
-            others = []
+            of_them = [each for each in holding if each.startswith(asked)]
+            name = backend.in_force(None, asked, of_them) or await backend.expected(asked)
         else:
             found = backend.in_force(reported, configured, holding)
             name = found or await backend.expected(configured)
-            others = [*_others(name, reported, holding)]
+            others += _others(name, reported, holding)
         held = await backend.examine(name, parameters)
     except errors.MeshError as error:
         known = name if name in dump.BACKENDS else NFTABLES

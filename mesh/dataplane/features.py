@@ -11,7 +11,7 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from mesh.dataplane import command, host, netns
+from mesh.dataplane import command, netns
 from mesh.dataplane.link import LinkDriver
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady
@@ -123,12 +123,3 @@ async def devices(names: DeviceNames) -> tuple[bool, list[str]]:
     finally:
         await links.close()
     return in_kernel, refused
-
-
-def has_tun() -> bool:
-    """Whether wireguard-go could make a device."""
-    try:
-        host.check_tun()
-    except HostNotReady:
-        return False
-    return True

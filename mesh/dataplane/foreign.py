@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import closing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mesh.dataplane import command, host
+from mesh.dataplane import command, host, nfmessages
 from mesh.dataplane.firewall import Table
+from mesh.dataplane.nfnetlink import Socket
 from mesh.model.address import FAMILIES, Family
 from mesh.model.link import PROTOCOL
 
@@ -120,8 +122,23 @@ def _tables(text: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
+def _has_nftables() -> bool:
+    """Whether there is an nft to ask, and something that it can list."""
+    if not host.has_program("nft"):
+        return False
+    try:
+        with closing(Socket()) as netlink:
+            return bool(nfmessages.tables(netlink))
+    except PermissionError:
+        return True  # nft says so better
+    except OSError:
+        return False
+
+
 async def chains() -> list[Chain]:
     """Hooked chains in the tables of others.  Raises CommandFailed."""
+    if not _has_nftables():
+        return []
     listed = json.loads(await command.run("nft", "-j", "list", "chains"))["nftables"]
     found = []
     for each in listed:
@@ -144,6 +161,8 @@ async def nft_markings() -> list[Marking]:
 
     Raises CommandFailed.  Elements are not asked for: there may be many.
     """
+    if not _has_nftables():
+        return []
     found, table = list[Marking](), ""
     for line in (await command.run("nft", "-t", "list", "ruleset")).splitlines():
         if line.startswith("table "):

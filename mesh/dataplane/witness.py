@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PROGRAMS: Final = {Family.V4: "iptables-legacy-save", Family.V6: "ip6tables-legacy-save"}
 _CHILD: Final = "mesh.dataplane.witness_child"
-_PATIENCE: Final = 120.0
+_PATIENCE: Final = 60.0
 """Seconds: it takes one for 1000 rules."""
 
 _ATTEMPTS: Final = 3

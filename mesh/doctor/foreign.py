@@ -33,8 +33,7 @@ async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list
                 found += _of_forward(table, rules, running=running)
             if rules is not None:
                 found += _of_input(subject, table, rules)
-        if host.has_program("nft"):
-            found += _of_chains(await foreign.chains())
+        found += _of_chains(await foreign.chains())
     except CommandFailed as error:
         return [check.warn("firewall", f"not read: {error}", AS_ROOT)]
     return found or [check.ok("firewall", "nobody's FORWARD or INPUT drops by default")]
@@ -89,9 +88,7 @@ def _of_chains(chains: list[Chain]) -> Iterator[Check]:
     """An accept of ours is final in our table alone."""
     for chain in chains:
         if chain.hook in ("forward", "input") and chain.policy == "drop":
-            text = (
-                f"nft table {chain.table}, chain {chain.name} drops what it is not told to accept"
-            )
+            text = f"nft table {chain.table}, chain {chain.name} has policy drop"
             fix = f"accept `ct mark & {marks.OURS:#x} == {marks.OURS:#x}` there"
             if chain.hook == "input":
                 fix += ", UDP for WireGuard and the steering device, and ICMPv6"
@@ -104,8 +101,7 @@ async def of_marks() -> list[Check]:
     try:
         for table, text in (await foreign.saved()).items():
             found += foreign.markings(table.program, text)
-        if host.has_program("nft"):
-            found += await foreign.nft_markings()
+        found += await foreign.nft_markings()
     except CommandFailed as error:
         return [check.warn("marks", f"not read: {error}", AS_ROOT)]
     taken = [each for each in found if _is_in_the_way(each)]

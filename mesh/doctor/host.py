@@ -27,6 +27,8 @@ _FULL: Final = 0.8
 
 _FORWARDING: Final = ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
 _STRICT: Final = "1"
+_RANGE: Final = "ip_local_port_range"
+_RESERVED: Final = "ip_local_reserved_ports"
 
 
 def of_rights() -> Iterator[Check]:
@@ -162,10 +164,6 @@ def _of_ports(subject: Subject) -> Iterator[Check]:
         f"{_RANGE}={low}-{high} and ports to publish share {', '.join(taken)}",
         f"run `sysctl -w net.ipv4.{_RESERVED}={kept}`",
     )
-
-
-_RANGE: Final = "ip_local_port_range"
-_RESERVED: Final = "ip_local_reserved_ports"
 
 
 def _ports_of(text: str) -> set[int]:

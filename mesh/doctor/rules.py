@@ -85,9 +85,7 @@ async def _of_trial(name: str, parameters: Parameters) -> Check:
         return check.fail("program", str(error), await _remedy(name))
     if not has_bridge:
         fix = "install nft, and load the module nf_tables with its bridge family"
-        text = (
-            "loads, but without `table bridge mesh`: replicas on one bridge do not reach each other"
-        )
+        text = "loads but for `table bridge mesh`: replicas on one bridge miss each other's replies"
         return check.warn("program", text, fix)
     return check.ok("program", f"loads and takes services by {name} (tried in a namespace)")
 
@@ -147,9 +145,7 @@ async def of_rules(subject: Subject, name: str, holding: Collection[str]) -> lis
         found.append(check.warn("leftovers", text, fix))
     else:
         found.append(check.ok("leftovers", "no rules of another backend"))
-    if "iptables-legacy" in holding:
-        found.append(await _of_witness(subject.parameters))
-    return found
+    return [*found, await _of_witness(subject.parameters, holding)]
 
 
 def _may_look() -> bool:
@@ -201,11 +197,14 @@ def _published(held: Elements) -> Iterator[tuple[int, int]]:
             yield key[0], int.from_bytes(key[4:6], "big")
 
 
-async def _of_witness(parameters: Parameters) -> Check:
-    """Whether python-iptables sees the same legacy tables."""
+async def _of_witness(parameters: Parameters, holding: Collection[str]) -> Check:
+    """Whether python-iptables sees the same legacy tables; it sees no others."""
+    asked = "iptables-legacy" in holding
     if not witness.is_installed():
-        fix = "pip install 'warren-mesh[witness]' has it look"
-        return check.ok("witness", f"python-iptables is not installed, so it was not asked: {fix}")
+        text, fix = "python-iptables is not installed", "pip install 'warren-mesh[witness]'"
+        return check.warn("witness", text, fix) if asked else check.ok("witness", text)
+    if not asked:
+        return check.ok("witness", "no legacy tables of the mesh for python-iptables to read")
     try:
         compared = await witness.compare(parameters)
     except CommandFailed as error:
