@@ -29,9 +29,9 @@ async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list
     try:
         for table, text in (await foreign.saved()).items():
             rules = foreign.filters(text)
-            if rules is not None and f"iptables-{table.flavour}" != backend:
-                found += _of_forward(table, rules, running=running)
             if rules is not None:
+                own = f"iptables-{table.flavour}" == backend
+                found += _of_forward(table, rules, own=own, running=running)
                 found += _of_input(subject, table, rules)
         found += _of_chains(await foreign.chains())
     except CommandFailed as error:
@@ -39,21 +39,21 @@ async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list
     return found or [check.ok("firewall", "nobody's FORWARD or INPUT drops by default")]
 
 
-def _of_forward(table: Table, rules: Filter, *, running: bool) -> Iterator[Check]:
-    if "FORWARD" not in rules.policies or not firewall.missing(rules.listed("FORWARD")):
-        return
-    drops = rules.policies["FORWARD"] == "DROP"
+def _of_forward(table: Table, rules: Filter, *, own: bool, running: bool) -> Iterator[Check]:
+    """A table of the flavour that drives our rules accepts our flows by itself: `own`."""
+    drops = rules.policies.get("FORWARD") == "DROP"
     evidence = f"{table.program} FORWARD has {'policy DROP' if drops else 'rules of others'}"
-    if not running:
+    lacking = not own and "FORWARD" in rules.policies
+    if not lacking or not firewall.missing(rules.listed("FORWARD")):
+        if drops:
+            yield check.ok("firewall", f"{evidence}, and accepts the mesh's flows first")
+    elif not running:
         text = f"{evidence}; the agent puts one line that accepts its flows at the top"
         yield check.ok("firewall", text)
-        return
-    status = check.fail if drops else check.warn
-    yield status(
-        "firewall",
-        f"{evidence}, and does not begin with the mesh's line",
-        f"see the agent's log, or run `{table.program} -I FORWARD 1 {_ACCEPT}`",
-    )
+    else:
+        status = check.fail if drops else check.warn
+        fix = f"see the agent's log, or run `{table.program} -I FORWARD 1 {_ACCEPT}`"
+        yield status("firewall", f"{evidence}, and does not begin with the mesh's line", fix)
 
 
 def _of_input(subject: Subject, table: Table, rules: Filter) -> Iterator[Check]:

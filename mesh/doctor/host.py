@@ -88,7 +88,7 @@ async def of_peers(subject: Subject, links: LinkDriver, now: float) -> list[Chec
         fix = f"let UDP {subject.cluster.wireguard_port} pass between the nodes, both ways"
         text = f"no WireGuard session with {', '.join(silent)}"
         return [check.warn("peers", text, fix)]
-    return [check.ok("peers", f"WireGuard sessions with all {len(peers)} living nodes")]
+    return [check.ok("peers", f"WireGuard sessions with every living node ({len(peers)})")]
 
 
 async def of_settings(subject: Subject, backend: str, *, running: bool) -> list[Check]:

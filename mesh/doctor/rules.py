@@ -188,7 +188,7 @@ def _of_listeners(held: Elements) -> Iterator[Check]:
         text = f"a process of this host listens on published ports: {', '.join(taken)}"
         yield check.warn("listeners", text, fix)
     else:
-        yield check.ok("listeners", f"no process listens on the {len(published)} published ports")
+        yield check.ok("listeners", f"no process listens on a published port ({len(published)})")
 
 
 def _published(held: Elements) -> Iterator[tuple[int, int]]:

@@ -142,7 +142,7 @@ def _state() -> dict[str, str]:
         line: sh(line)
         for line in (
             "nft list ruleset", "iptables-legacy-save", "ip6tables-legacy-save", "ipset save",
-            "ip -d link show", "ip rule show", "ip -6 rule show", "ip route show table all",
+            "ip link show", "ip rule show", "ip -6 rule show", "ip route show table all",
         )
     }  # fmt: skip
     for name in ("ip_tables_names", "ip6_tables_names"):
@@ -191,7 +191,7 @@ TROUBLES: Final = [
     ("nftables", "iptables-nft -P FORWARD DROP", "firewall", "fail", "FORWARD"),
     ("nftables", "iptables-legacy -P FORWARD DROP", "firewall", "fail", "iptables-legacy FORWARD"),
     ("iptables-nft", "ip6tables-legacy -P FORWARD DROP", "firewall", "fail", "ip6tables-legacy"),
-    ("iptables-nft", "iptables-nft -P FORWARD DROP", "firewall", "ok", "nobody"),
+    ("iptables-nft", "iptables-nft -P FORWARD DROP", "firewall", "ok", "accepts"),
     ("nftables", "iptables-nft -A FORWARD -j RETURN", "firewall", "warn", "rules of others"),
     ("iptables-legacy", "iptables-legacy -P INPUT DROP", "firewall", "fail", "INPUT"),
     ("nftables", "sysctl -qw net.ipv4.ip_forward=0", "forwarding", "fail", "ip_forward=0"),
