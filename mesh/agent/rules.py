@@ -34,7 +34,7 @@ _RETRY_SECONDS: Final = 0.2
 _FIREWALL_SECONDS: Final = 1.0
 """How often the host's firewall is looked at: 20 microseconds, unless iptables-legacy is in use."""
 
-_SETTLE_SECONDS: Final = 0.05
+SETTLE_SECONDS: Final = 0.05
 """Notifications come in bursts; one pass answers a whole burst."""
 
 
@@ -83,7 +83,7 @@ class Rules:
         """Put back what somebody else removes from our tables, or adds to them."""
         while True:
             what = await self._driver.tampered()
-            await asyncio.sleep(_SETTLE_SECONDS)
+            await asyncio.sleep(SETTLE_SECONDS)
             differed = await self._until_done(self._reconciler.heal)
             if differed:
                 log.warning("healed elements=%d after=%r", differed, what)

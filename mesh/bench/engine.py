@@ -1,6 +1,7 @@
 """What the engine costs without etcd: from an event in the agent to the kernel's acknowledgement.
 
 State, planner, ledger and the real driver; only the store is replaced by ready-made events.
+`python -m mesh.bench.engine` measures one backend at one size (mesh.bench.isolated).
 """
 
 from __future__ import annotations
@@ -8,27 +9,47 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from mesh.agent.reconciler import Reconciler
 from mesh.agent.state import State
-from mesh.bench import figures, records
+from mesh.bench import backends, drift, figures, isolated, records
+from mesh.bench.progress import tell
 from mesh.delta import Delta
+from mesh.model import address
 from mesh.store.protocol import Changes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mesh.dataplane.protocol import Driver
     from mesh.store.protocol import Change
 
-_BATCH = 1000
+_BATCH: Final = 1000
+_BATCHES: Final = 5
+
+_SERIES_SECONDS: Final = 20.0
+"""A series of changes ends after so long, for backends that take seconds for one."""
+
+_RANGES: Final = 1000
+_HOLDERS: Final = 100
+"""While one service's source ranges change, so many others hold that many, of each family."""
+
+_FEW: Final = 10
 
 
-async def run(driver: Driver, services: int, rounds: int) -> dict[str, object]:
-    """The figures of one size; `rounds` single changes are timed."""
+async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
+    """The figures of one backend at one size; `rounds` single changes are timed, at most."""
+
+    def say(what: str) -> None:
+        tell(f"{backend}, {services} services: {what}")
+
+    say("installing")
+    driver = backends.driver(backend)
     state = State(records.KEYS, "n1")
     reconciler = Reconciler(state, driver, lambda _delta: None)
+    clock = _Clock(state, reconciler, services)
+    before = figures.kernel_mb()
     await driver.prepare()
     state.apply(records.everything(services))
     gc.collect()
@@ -36,23 +57,29 @@ async def run(driver: Driver, services: int, rounds: int) -> dict[str, object]:
     await reconciler.start({})
     install = time.perf_counter() - began
     gc.freeze()
-    rss = figures.rss_mb("self")
-    clock = _Clock(state, reconciler, services)
-    swaps = await clock.each(rounds, clock.swap)
-    counts = await clock.each(rounds // 2 * 2, clock.count)
-    batches = await clock.each(5, clock.batch)
-    return {
-        "bench": "engine",
-        "backend": driver.name,
-        "services": services,
-        "install_ms": figures.milliseconds(install),
-        "change_us": figures.percentiles(swaps, 1e6),
-        "count_change_us": figures.percentiles(counts, 1e6),
-        "batch1000_ms": figures.milliseconds(figures.median(batches)),
-        "drift_ms": figures.milliseconds(await _drift(driver)),
-        "resync_ms": figures.milliseconds(await _resync(driver)),
-        "rss_mb": rss,
-    }
+    found: dict[str, object] = {"bench": "engine", "backend": backend, "services": services}
+    found["install_ms"] = figures.milliseconds(install)
+    memory = {"rss_mb": figures.rss_mb("self"), "kernel_mb": figures.grown(before)}
+    say("one replica changes")
+    found["change_us"] = figures.percentiles(await clock.each(rounds, clock.swap), 1e6)
+    say("a replica comes and goes")
+    found["count_change_us"] = figures.percentiles(await clock.each(rounds, clock.count), 1e6)
+    say(f"{_BATCH} changes at once")
+    batches = await clock.each(_BATCHES, clock.batch)
+    found["batch1000_ms"] = figures.milliseconds(figures.median(batches))
+    say("source ranges change")
+    found |= await clock.ranges(rounds)
+    say("reading everything back")
+    found["drift_ms"] = figures.milliseconds(await _drift(driver))
+    say("somebody changes elements")
+    heals = 5 if backend == "nftables" else 1
+    found["repair_ms"] = await drift.repairs(backend, driver, reconciler, heals)
+    say("writing everything again")
+    found["resync_ms"] = figures.milliseconds(await drift.rewrite(backend, driver, reconciler))
+    say("etcd lists everything again")
+    found["relist_ms"] = figures.milliseconds(await clock.relist())
+    driver.close()
+    return found | memory
 
 
 class _Clock:
@@ -65,13 +92,19 @@ class _Clock:
         self._revision = 1
 
     async def each(self, rounds: int, make: Callable[[int], list[Change]]) -> list[float]:
-        taken = []
-        for index in range(rounds):
-            event = Changes(tuple(make(index)), self._revision)
-            began = time.perf_counter()
-            await self._reconciler.reconcile(self._state.apply(event))
-            taken.append(time.perf_counter() - began)
-            await asyncio.sleep(0)
+        """Seconds of each change; an even number of them, so that what came has gone again."""
+        taken: list[float] = []
+        ends = time.perf_counter() + _SERIES_SECONDS
+        while len(taken) < rounds and (time.perf_counter() < ends or len(taken) < 2):
+            taken += [await self._timed(make(len(taken) + part)) for part in range(2)]
+        return taken
+
+    async def _timed(self, changes: list[Change]) -> float:
+        event = Changes(tuple(changes), self._revision)
+        began = time.perf_counter()
+        await self._reconciler.reconcile(self._state.apply(event))
+        taken = time.perf_counter() - began
+        await asyncio.sleep(0)
         return taken
 
     def _next(self) -> int:
@@ -97,9 +130,47 @@ class _Clock:
             for service in range(min(_BATCH, self._services))
         ]
 
+    async def ranges(self, rounds: int) -> dict[str, object]:
+        """One service's source ranges change, while others hold many."""
+        holders = min(_HOLDERS, self._services - 1)
+        share = _RANGES // holders if holders else 0
+
+        def everyone(*, hold: bool) -> list[Change]:
+            return [
+                records.allowing(n, _ranges(n * share, share) if hold else (), self._next())
+                for n in range(holders)
+            ]
+
+        def change(index: int) -> list[Change]:
+            first = _RANGES + index % 2
+            return [records.allowing(self._services - 1, _ranges(first, _FEW), self._next())]
+
+        await self._timed(everyone(hold=True))
+        await self._timed(change(0))
+        taken = await self.each(rounds, lambda index: change(index + 1))
+        last = records.allowing(self._services - 1, (), self._next())
+        await self._timed([*everyone(hold=False), last])
+        figure = figures.percentiles(taken, 1e6)
+        return {"allow_change_us": figure, "allow_ranges": holders * share}
+
+    async def relist(self) -> float:
+        """Seconds to take in a whole snapshot in which nothing differs."""
+        snapshot = records.everything(self._services)
+        await self._reconciler.reconcile(self._state.apply(snapshot))
+        began = time.perf_counter()
+        await self._reconciler.reconcile(self._state.apply(snapshot))
+        return time.perf_counter() - began
+
+
+def _ranges(first: int, count: int) -> tuple[str, ...]:
+    """Prefixes of both families that neither touch nor repeat."""
+    numbers = range(first, first + count)
+    four = (f"{address.nth('100.64.0.0/10', 32 * n)}/28" for n in numbers)
+    return (*four, *(f"{address.nth('fd99::/64', n << 17)}/112" for n in numbers))
+
 
 async def _drift(driver: Driver) -> float:
-    """Reading everything back and finding that nothing differs."""
+    """Seconds to read everything back and find that nothing differs."""
     desired = await driver.read()
     began = time.perf_counter()
     delta = Delta.between(await driver.read(), desired)
@@ -107,9 +178,9 @@ async def _drift(driver: Driver) -> float:
     return time.perf_counter() - began
 
 
-async def _resync(driver: Driver) -> float:
-    """Every element removed and added again, in one batch."""
-    desired = await driver.read()
-    began = time.perf_counter()
-    await driver.apply(Delta(desired, desired))
-    return time.perf_counter() - began
+def _measure(wanted: Mapping[str, Any]) -> dict[str, object]:
+    return asyncio.run(run(wanted["backend"], wanted["services"], wanted["rounds"]))
+
+
+if __name__ == "__main__":
+    isolated.answer(_measure)

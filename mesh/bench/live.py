@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from mesh.bench import figures, records
+from mesh.bench.progress import tell
 from mesh.errors import MeshError
-from mesh.lab import client, control, readiness, wire
+from mesh.lab import client, control, environment, readiness, wire
 from mesh.store import schema
 from mesh.store.protocol import MAX_OPERATIONS, Put
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from mesh.lab.client import OwnLab
     from mesh.store.protocol import Store
@@ -29,38 +30,47 @@ NODE: Final = "n1"
 _LIMIT: Final = 300.0
 
 
-async def run(services: int, rounds: int, tell: Callable[[str], None]) -> dict[str, object]:
-    """The figures of one size; `tell` is given what is being done."""
-    tell("starting a lab")
-    async with client.lab(f"bench-{os.getpid()}", 1) as lab:
+async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
+    """The figures of one backend at one size; `rounds` single changes are timed, at most."""
+
+    def say(what: str) -> None:
+        tell(f"{backend}, {services} services: {what}")
+
+    say("starting a lab")
+    async with client.lab(f"bench-{os.getpid()}", 1, backend) as lab:
         url = (await lab.status()).etcd
         async with client.open_store(url) as store:
-            tell(f"writing {services} services")
+            say("writing to etcd")
             await _fill(store, services)
-            tell("waiting for the controller")
+            say("waiting for the controller")
             await _allocated(store, services + 1)
-            tell("starting the agent cold")
+            say("starting the agent cold")
             cold = await _cold_start(lab, store)
             for replica in ("a", "b"):
                 server = (sys.executable, "-m", "mesh.lab.replica")
                 await lab.run_task(records.TOGGLED, NODE, server, f"{records.TOGGLED}-{replica}")
-        tell("timing changes")
-        arguments = ("-m", "mesh.bench.live_node", str(services), str(rounds))
-        done = await lab.run(NODE, (sys.executable, *arguments))
-        if done.code:
-            raise MeshError(f"the measurement ended with {done.code}: {done.stderr.strip()}")
-        found = json.loads(done.stdout)
+        say("timing changes")
+        found = json.loads(await _on_node(lab, "measure", backend, str(services), str(rounds)))
         pid = (await lab.status()).node(NODE).agent_pid
         rss = figures.rss_mb(pid) if pid is not None else None
     return {
         "bench": "live",
-        "backend": "nftables",
+        "backend": backend,
         "services": services,
         "cold_start_ms": figures.milliseconds(cold),
         "put_to_kernel_ms": figures.percentiles(found["kernel"], 1e3),
         "put_to_reachable_ms": figures.percentiles(found["reachable"], 1e3),
         "rss_mb": rss,
     }
+
+
+async def _on_node(lab: OwnLab, *arguments: str) -> str:
+    """What mesh.bench.live_node prints on the node.  Raises MeshError with what it said."""
+    done = await lab.run(NODE, (sys.executable, "-m", "mesh.bench.live_node", *arguments))
+    if done.code:
+        said = environment.last_line(done.stderr)
+        raise MeshError(f"the measurement on the node ended with {done.code}: {said}")
+    return done.stdout
 
 
 def _records(services: int) -> Iterator[Put]:
@@ -94,9 +104,9 @@ async def _allocated(store: Store, services: int) -> None:
 
 
 async def _cold_start(lab: OwnLab, store: Store) -> float:
-    """Seconds from the agent's start, on a host without a table of ours, to all rules live."""
+    """Seconds from the agent's start, on a host without rules of ours, to all rules live."""
     await client.kill(lab.name, NODE, agent_only=True)
-    await lab.run(NODE, ("nft", "delete", "table", "inet", "mesh"))
+    await _on_node(lab, "wipe")
     key = records.KEYS.applied(NODE)
     before = await store.get(key)
 

@@ -1,15 +1,79 @@
-"""`mesh bench`: what the mesh costs on this machine, as a table or JSON.  Prints, never asserts."""
+"""`mesh bench`: what the mesh costs on this machine, as tables, JSON and pictures.
+
+Prints, never asserts.
+"""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mesh.bench import names
+from mesh.cli import bench_show, options, output
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
+
+    Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _services(default: str) -> Decorator:
+    def parsed(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> list[int]:
+        parts = [part.strip() for text in given for part in text.split(",")]
+        sizes = [int(part) if part.isdecimal() else 0 for part in parts]
+        if not all(1 <= size <= names.MOST for size in sizes):
+            shown = ",".join(parts)
+            said = f"{shown!r}: write numbers from 1 to {names.MOST}, as 10,1000"
+            raise click.BadParameter(said)
+        return list(dict.fromkeys(sizes))
+
+    return click.option(
+        "--services",
+        "sizes",
+        multiple=True,
+        callback=parsed,
+        default=(default,),
+        metavar="N,N,…",
+        show_default=True,
+        help="How many services; repeatable.",
+    )
+
+
+def _backend(default: str) -> Decorator:
+    return click.option(
+        "--backend",
+        type=click.Choice((*names.BACKENDS, "all")),
+        default=default,
+        show_default=True,
+        help="What drives the rules.",
+    )
+
+
+def _rounds(low: int, default: int, what: str) -> Decorator:
+    return click.option(
+        "--rounds",
+        type=click.IntRange(low, 100000),
+        default=default,
+        show_default=True,
+        help=what,
+    )
+
+
+_ALL_SIZES: Decorator = click.option(
+    "--all-sizes",
+    is_flag=True,
+    help=f"Also the slow ones with more than {names.LIMIT} services, which take many minutes.",
+)
+
+_JSON: Decorator = click.option(
+    "--json",
+    "to",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Print one JSON array; or write it to FILE, beside the table.",
+)
 
 
 @click.group()
@@ -17,87 +81,136 @@ def bench() -> None:
     """Measure the mesh on this machine, in namespaces of its own."""
 
 
-_SERVICES: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
-    "--services",
-    "sizes",
-    multiple=True,
-    type=click.IntRange(1, 65000),
-    default=(10000,),
-    show_default=True,
-    help="How many services; repeatable.",
-)
-
-
 @bench.command()
-@_SERVICES
-@click.option("--rounds", type=click.IntRange(10, 100000), default=2000, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
-def engine(sizes: tuple[int, ...], rounds: int, *, as_json: bool) -> None:
+@_services("10000")
+@_backend("nftables")
+@_rounds(2, 2000, "How many single changes, at most; 20 seconds of each kind.")
+@_ALL_SIZES
+@_JSON
+def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str | None) -> None:
     """From an event in the agent to the kernel's acknowledgement, without etcd.
 
     Three replicas per service, IPv4 and IPv6, a VIP and an ingress port each.
     """
-    import asyncio
+    from mesh.bench import isolated
 
-    from mesh.bench import engine as measured
-    from mesh.bench import isolated, records
-    from mesh.dataplane.nftables import NftablesDriver
-    from mesh.rules.program import Devices, Parameters
-
-    isolated.isolate()
-
-    async def measure() -> list[dict[str, object]]:
-        found = []
-        for size in sizes:
-            devices = Devices("warren0", "warren-x0", "warren-br0", "02:4d:45:53:00:01")
-            driver = NftablesDriver(Parameters.of(records.CLUSTER, 1, devices))
-            try:
-                found.append(await measured.run(driver, size, rounds))
-            finally:
-                await driver.remove()
-                driver.close()
-        return found
-
-    _print(asyncio.run(measure()), as_json=as_json)
+    cases = _cases(sizes, backend)
+    wanted = [case for case in cases if all_sizes or not names.is_slow(*case)]
+    _tell_left_out(wanted, cases, "iptables")
+    results = bench_show.Results(_target(to))
+    for name, size in wanted:
+        arguments = {"backend": name, "services": size, "rounds": rounds}
+        with results.excusing(f"{name}, {size} services"):
+            results.add([isolated.measure("mesh.bench.engine", arguments)])
+    _finish(results, bench_show.by_size)
 
 
 @bench.command()
-@_SERVICES
-@click.option("--rounds", type=click.IntRange(10, 100000), default=500, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
-def live(sizes: tuple[int, ...], rounds: int, *, as_json: bool) -> None:
+@_services("10,1000,10000")
+@_backend("all")
+@_rounds(1, 9, "How often every rule set has its turn.")
+@click.option("--family", type=click.Choice(("4", "6")), default="4", show_default=True)
+@click.option("--kube-proxy/--no-kube-proxy", default=True, help="Compare with kube-proxy's rules.")
+@_ALL_SIZES
+@_JSON
+def dataplane(
+    sizes: list[int],
+    backend: str,
+    rounds: int,
+    family: str,
+    kube_proxy: bool,
+    all_sizes: bool,
+    to: str | None,
+) -> None:
+    """What a new connection costs through a node, against plain routing.
+
+    Beside our program, on each backend and at each size, in the same run: conntrack alone, one DNAT
+    rule, and the rules that kube-proxy writes for the same services.  All replicas are on the node;
+    every fourth service is UDP.  Quick: --rounds 3 --services 10,100 --backend nftables.
+    """
+    from mesh.bench import dataplane as measured
+    from mesh.bench import isolated
+
+    chosen = _names(backend)
+    every = measured.planned(chosen, sizes, kube_proxy=kube_proxy, slow=True)
+    variants = measured.planned(chosen, sizes, kube_proxy=kube_proxy, slow=all_sizes)
+    _tell_left_out(variants, every, "iptables and kube-proxy's rules")
+    results = bench_show.Results(_target(to))
+    arguments = {
+        "variants": [(each.backend, each.services) for each in variants],
+        "family": int(family),
+        "rounds": rounds,
+    }
+    results.add(isolated.measure("mesh.bench.dataplane", arguments))
+    _finish(results, bench_show.by_variant)
+
+
+@bench.command()
+@_services("10000")
+@_backend("nftables")
+@_rounds(2, 500, "How many single changes, at most.")
+@_JSON
+def live(sizes: list[int], backend: str, rounds: int, to: str | None) -> None:
     """From a write to etcd to the kernel, and to a connection, in a lab of one node."""
     import asyncio
 
     from mesh.bench import live as measured
+    from mesh.bench.progress import tell
 
-    def tell(what: str) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[K{what} …", nl=False, err=True)
-
-    async def measure() -> list[dict[str, object]]:
-        return [await measured.run(size, rounds, tell) for size in sizes]
-
-    found = asyncio.run(measure())
-    tell("done")
-    _print(found, as_json=as_json)
+    results = bench_show.Results(_target(to))
+    for name, size in _cases(sizes, backend):
+        with results.excusing(f"{name}, {size} services"):
+            results.add([asyncio.run(measured.run(name, size, rounds))])
+        tell("")
+    _finish(results, bench_show.by_size)
 
 
-def _print(found: list[dict[str, object]], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    for figures in found:
-        for name, value in figures.items():
-            click.echo(f"{name:18} {_shown(value)}")
-        click.echo()
+@bench.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="A directory.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def plot(files: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Draw what `--json FILE` wrote, as PNG and SVG.
+
+    Of several results for the same thing the last one counts.
+    """
+    from pathlib import Path
+
+    from mesh.bench import plot as pictures
+
+    written = pictures.draw([Path(name) for name in files], Path(out))
+    if as_json or options.as_json():
+        output.document({"files": [str(path) for path in written]})
+    else:
+        for path in written:
+            output.line(str(path))
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return _pairs(value)
-    return str(value)
+def _names(backend: str) -> tuple[str, ...]:
+    return names.BACKENDS if backend == "all" else (backend,)
 
 
-def _pairs(values: Mapping[str, object]) -> str:
-    return "  ".join(f"{name} {value}" for name, value in values.items())
+def _cases(sizes: Sequence[int], backend: str) -> list[tuple[str, int]]:
+    return [(name, size) for name in _names(backend) for size in sizes]
+
+
+def _tell_left_out(wanted: Sequence[object], every: Sequence[object], what: str) -> None:
+    if len(wanted) < len(every):
+        output.warn(
+            f"{what}: not measured with more than {names.LIMIT} services, which takes many minutes "
+            "(--all-sizes does it)"
+        )
+
+
+def _target(to: str | None) -> str | None:
+    return to or ("-" if options.as_json() else None)
+
+
+def _finish(results: bench_show.Results, show: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Print what was measured; the verb fails if something could not be."""
+    if results.on_stdout:
+        results.print()
+    else:
+        show(results.found)
+    if results.failed:
+        options.exit_with(1)
