@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mesh.bench import figures, isolated, names
 from mesh.bench.connections import Generator, Processor, Server, Taken
+from mesh.bench.names import KUBE_PROXY
 from mesh.bench.progress import tell
 from mesh.bench.topology import Topology
-from mesh.bench.variants import BASELINES, KUBE_PROXY, Variant
+from mesh.bench.variants import BASELINES, Variant
 from mesh.dataplane import netns
 from mesh.errors import MeshError
 from mesh.model.address import Family
@@ -105,7 +106,7 @@ def run(variants: Sequence[Variant], family: Family, rounds: int) -> list[dict[s
 
 
 def _stage(number: int, variant: Variant, family: Family) -> _Stage:
-    tell(f"loading {variant}" + (" services" if variant.services else ""))
+    tell(f"loading {variant}")
     topology = Topology(f"v{number}")
     topology.build()
     with netns.entered(topology.node):

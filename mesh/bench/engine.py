@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mesh.agent.reconciler import Reconciler
 from mesh.agent.state import State
-from mesh.bench import backends, drift, figures, isolated, records
+from mesh.bench import backends, drift, figures, isolated, names, records
 from mesh.bench.progress import tell
 from mesh.delta import Delta
 from mesh.model import address
@@ -42,7 +42,7 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     """The figures of one backend at one size; `rounds` single changes are timed, at most."""
 
     def say(what: str) -> None:
-        tell(f"{backend}, {services} services: {what}")
+        tell(f"{names.case(backend, services)}: {what}")
 
     say("installing")
     driver = backends.driver(backend)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from mesh.bench import figures, records
+from mesh.bench import figures, names, records
 from mesh.bench.progress import tell
 from mesh.errors import MeshError
 from mesh.lab import client, control, environment, readiness, wire
@@ -34,7 +34,7 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     """The figures of one backend at one size; `rounds` single changes are timed, at most."""
 
     def say(what: str) -> None:
-        tell(f"{backend}, {services} services: {what}")
+        tell(f"{names.case(backend, services)}: {what}")
 
     say("starting a lab")
     async with client.lab(f"bench-{os.getpid()}", 1, backend) as lab:

@@ -143,6 +143,7 @@ def _node(topology: Topology) -> Iterator[str]:
         client, server = inside(family), address.nth(_NETWORK.subnet(family), _SERVER)
         yield _own(NODE[family], "under0")
         yield _own(_NETWORK.overlay_address(family), devices.overlay)
+        yield _own(_NETWORK.gateway(family), devices.bridge)
         for number, device, neighbour in (
             (_UNDER, "under0", OUTSIDE[family]),
             (_OVERLAY, devices.overlay, client),
@@ -180,10 +181,10 @@ def _server() -> Iterator[str]:
     yield "link set lo up"
     yield "link set eth0 up"
     for family in FAMILIES:
-        length, overlay = family.bits, _NETWORK.overlay_address(family)
-        own = address.nth(_NETWORK.subnet(family), _SERVER)
+        gateway, own = _NETWORK.gateway(family), address.nth(_NETWORK.subnet(family), _SERVER)
         yield _own(own, "eth0")
-        yield f"route add local {_NETWORK.subnet(family)} dev lo"
-        yield f"route add {overlay}/{length} dev eth0"
-        yield f"neigh add {overlay} lladdr {_mac(_BRIDGE)} dev eth0"
-        yield f"route add default via {overlay} dev eth0 src {own}"
+        # All but the gateway: in the table of local addresses it would count as one.
+        yield f"route add local {_NETWORK.subnet(family)} dev lo table main"
+        yield f"route add {gateway}/{family.bits} dev eth0"
+        yield f"neigh add {gateway} lladdr {_mac(_BRIDGE)} dev eth0"
+        yield f"route add default via {gateway} dev eth0 src {own}"

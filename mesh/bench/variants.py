@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.agent.reconciler import Reconciler
 from mesh.agent.state import State
-from mesh.bench import backends, kubeproxy, records, topology
+from mesh.bench import backends, kubeproxy, names, records, topology
+from mesh.bench.names import KUBE_PROXY
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 
@@ -27,9 +28,6 @@ AGAIN: Final = "direct again"
 CONNTRACK: Final = "conntrack only"
 ONE_RULE: Final = "one DNAT rule"
 BASELINES: Final = (DIRECT, AGAIN, CONNTRACK, ONE_RULE)
-
-KUBE_PROXY: Final = "kube-proxy "
-"""Before the name of a backend: kube-proxy's rules for it."""
 
 TARGETS: Final = 64
 """So many services are called in turn, evenly spread over all: some are early in a list, some late.
@@ -69,7 +67,7 @@ class Variant:
         return ("port",) if self.backend == ONE_RULE else ("routed",)
 
     def __str__(self) -> str:
-        return self.backend if self.services is None else f"{self.backend}, {self.services}"
+        return names.case(self.backend, self.services)
 
     def load(self, family: Family) -> float:
         """Load the rules into the thread's namespace; the seconds it took.

@@ -15,6 +15,8 @@ from mesh.cli import bench_show, options, output
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mesh.bench.variants import Variant
+
     Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -63,7 +65,7 @@ def _rounds(low: int, default: int, what: str) -> Decorator:
 _ALL_SIZES: Decorator = click.option(
     "--all-sizes",
     is_flag=True,
-    help=f"Also the slow ones with more than {names.LIMIT} services, which take many minutes.",
+    help="Also those that take many minutes.",
 )
 
 _JSON: Decorator = click.option(
@@ -96,11 +98,11 @@ def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str
 
     cases = _cases(sizes, backend)
     wanted = [case for case in cases if all_sizes or not names.is_slow(*case)]
-    _tell_left_out(wanted, cases, "iptables")
+    _tell_left_out(wanted, cases)
     results = bench_show.Results(_target(to))
     for name, size in wanted:
         arguments = {"backend": name, "services": size, "rounds": rounds}
-        with results.excusing(f"{name}, {size} services"):
+        with results.excusing(names.case(name, size)):
             results.add([isolated.measure("mesh.bench.engine", arguments)])
     _finish(results, bench_show.by_size)
 
@@ -134,10 +136,10 @@ def dataplane(
     chosen = _names(backend)
     every = measured.planned(chosen, sizes, kube_proxy=kube_proxy, slow=True)
     variants = measured.planned(chosen, sizes, kube_proxy=kube_proxy, slow=all_sizes)
-    _tell_left_out(variants, every, "iptables and kube-proxy's rules")
+    _tell_left_out(_as_cases(variants), _as_cases(every))
     results = bench_show.Results(_target(to))
     arguments = {
-        "variants": [(each.backend, each.services) for each in variants],
+        "variants": _as_cases(variants),
         "family": int(family),
         "rounds": rounds,
     }
@@ -159,7 +161,7 @@ def live(sizes: list[int], backend: str, rounds: int, to: str | None) -> None:
 
     results = bench_show.Results(_target(to))
     for name, size in _cases(sizes, backend):
-        with results.excusing(f"{name}, {size} services"):
+        with results.excusing(names.case(name, size)):
             results.add([asyncio.run(measured.run(name, size, rounds))])
         tell("")
     _finish(results, bench_show.by_size)
@@ -194,12 +196,16 @@ def _cases(sizes: Sequence[int], backend: str) -> list[tuple[str, int]]:
     return [(name, size) for name in _names(backend) for size in sizes]
 
 
-def _tell_left_out(wanted: Sequence[object], every: Sequence[object], what: str) -> None:
-    if len(wanted) < len(every):
-        output.warn(
-            f"{what}: not measured with more than {names.LIMIT} services, which takes many minutes "
-            "(--all-sizes does it)"
-        )
+def _tell_left_out(
+    wanted: Sequence[tuple[str, int | None]], every: Sequence[tuple[str, int | None]]
+) -> None:
+    left_out = [names.case(*each) for each in every if each not in wanted]
+    if left_out:
+        output.warn(f"left out, for they take minutes (--all-sizes): {'; '.join(left_out)}")
+
+
+def _as_cases(variants: Sequence[Variant]) -> list[tuple[str, int | None]]:
+    return [(each.backend, each.services) for each in variants]
 
 
 def _target(to: str | None) -> str | None:
