@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from mesh.bench.plot import Line, Panel, Picture
 
 _STYLES: Final[dict[str, dict[str, Any]]] = {
-    "nftables": {"color": "#0072B2", "linewidth": 2.6, "marker": "o"},
-    "iptables-legacy": {"color": "#D55E00", "linewidth": 1.8, "marker": "o"},
-    "iptables-nft": {"color": "#E69F00", "linewidth": 1.8, "marker": "o"},
+    "mesh nftables": {"color": "#0072B2", "linewidth": 2.6, "marker": "o"},
+    "mesh iptables-legacy": {"color": "#D55E00", "linewidth": 1.8, "marker": "o"},
+    "mesh iptables-nft": {"color": "#E69F00", "linewidth": 1.8, "marker": "o"},
     "kube-proxy nftables": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},
     "kube-proxy iptables-legacy": {"color": "#CC79A7", "linestyle": "--", "marker": "s"},
     "kube-proxy iptables-nft": {"color": "#009E73", "linestyle": "--", "marker": "s"},
@@ -36,8 +36,9 @@ _LABEL_POINTS: Final = 12.0
 """The least distance between two labels, in points."""
 
 _PER_ROW: Final = 3
-_WIDTH, _HEIGHT = 5.0, 3.9
-"""Of one panel, in inches."""
+_WIDTH, _HEIGHT = 5.3, 3.9
+_LEFT, _LABELS = 0.65, 1.9
+"""Of one panel, and of what is left and right of its axes, in inches."""
 
 
 def save(picture: Picture, directory: Path) -> list[Path]:
@@ -57,7 +58,8 @@ def _figure(picture: Picture) -> Figure:
     rows = -(-len(picture.panels) // columns)
     width, height = _WIDTH * columns, _HEIGHT * rows + 0.9
     figure = Figure(figsize=(width, height))
-    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=picture.same_scale)
+    all_axes = grid.flatten()
     for axes in all_axes[len(picture.panels) :]:
         axes.set_visible(False)
     title = textwrap.fill(picture.title, int(width * 8.5))
@@ -65,20 +67,25 @@ def _figure(picture: Picture) -> Figure:
     figure.text(0.015, 0.015, picture.note, color=_GREY, fontsize=9)
     top = 1 - (0.45 + 0.24 * (title.count("\n") + 1)) / height
     figure.subplots_adjust(
-        left=0.62 / width, right=1 - 1.62 / width, bottom=0.85 / height, top=top,
-        wspace=2.3 / (_WIDTH - 2.3), hspace=0.42,
+        left=_LEFT / width, right=1 - _LABELS / width, bottom=0.85 / height, top=top,
+        wspace=(_LEFT + _LABELS) / (_WIDTH - _LEFT - _LABELS), hspace=0.42,
     )  # fmt: skip
-    for axes, panel in zip(all_axes, picture.panels, strict=False):
-        _panel(figure, axes, panel)
+    pairs = list(zip(all_axes, picture.panels, strict=False))
+    for axes, panel in pairs:
+        _panel(axes, panel)
+    for axes, panel in pairs:  # when no scale changes any more
+        _label(figure, axes, panel)
     return figure
 
 
-def _panel(figure: Figure, axes: Axes, panel: Panel) -> None:
+def _panel(axes: Axes, panel: Panel) -> None:
     axes.set_title(f"{panel.title} ({panel.unit})", loc="left", fontsize=10.5)
     sizes = sorted({size for line in panel.lines for size, _ in line.points})
     axes.set_xscale("log")
     if panel.logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     for line in panel.lines:
         style = {"markersize": 4.5, "linewidth": 1.5, **_STYLES.get(line.name, _OTHER)}
         axes.plot(*zip(*line.points, strict=True), **style)
@@ -90,11 +97,10 @@ def _panel(figure: Figure, axes: Axes, panel: Panel) -> None:
     axes.set_xticks(sizes)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel("services")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    _label(figure, axes, panel)
 
 
 def _label(figure: Figure, axes: Axes, panel: Panel) -> None:

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from mesh.bench import names
 from mesh.errors import BadUsage, HostNotReady
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     Record = dict[str, Any]
 
-MAIN: Final = "nftables"
+MAIN: Final = "mesh nftables"
 """Whose figures the titles tell."""
 
 _BASELINES: Final = ("conntrack only", "one DNAT rule")
@@ -46,12 +47,13 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One file, in two formats."""
+    """One file, in two formats.  With `same_scale` its panels can be compared."""
 
     name: str
     title: str
     note: str
     panels: tuple[Panel, ...]
+    same_scale: bool = False
 
 
 def draw(files: Sequence[Path], directory: Path) -> list[Path]:
@@ -120,7 +122,11 @@ def _lines(records: Iterable[Record], where: str, scale: float = 1.0) -> tuple[L
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and record["services"] is not None:
             points.setdefault(record["backend"], {})[record["services"]] = value * scale
-    return tuple(Line(name, tuple(sorted(each.items()))) for name, each in points.items())
+    return tuple(Line(_shown(name), tuple(sorted(each.items()))) for name, each in points.items())
+
+
+def _shown(backend: str) -> str:
+    return f"mesh {backend}" if backend in names.BACKENDS else backend
 
 
 def _main(lines: Sequence[Line]) -> Line:
@@ -151,7 +157,7 @@ def _change(engine: Sequence[Record]) -> Picture:
     main = _main(replaced)
     return Picture(
         "change",
-        f"Replacing one replica takes {main.name} {_course(main, _milliseconds)}",
+        f"{main.name}: replacing one replica takes {_course(main, _milliseconds)}",
         "From the event in the agent to the kernel's acknowledgement; median.",
         (
             Panel("One replica replaced", "ms", replaced),
@@ -177,7 +183,7 @@ def _bulk(engine: Sequence[Record], live: Sequence[Record]) -> Picture:
     main = _main(shown[0].lines)
     return Picture(
         "bulk",
-        f"{shown[0].title}: {main.name} takes {_course(main, _milliseconds)}",
+        f"{main.name}: {shown[0].title.lower()} in {_course(main, _milliseconds)}",
         "Each panel has its own scale.",
         shown,
     )
@@ -188,7 +194,7 @@ def _put(live: Sequence[Record]) -> Picture:
     main = _main(kernel)
     return Picture(
         "put",
-        f"From etcd to the kernel, {main.name}: {_course(main, _milliseconds)}",
+        f"{main.name}: from etcd to the kernel in {_course(main, _milliseconds)}",
         "A replica's record is put in etcd on a node whose agent runs; median.",
         (
             Panel("Until the kernel has it", "ms", kernel),
@@ -202,19 +208,20 @@ _PATHS: Final = (("port", "By a published port"), ("vip", "By VIP"))
 
 def _ratio(plane: Sequence[Record], family: int) -> Picture:
     """Kernel time of a connection."""
-    title = "What is left of plain routing's connections per second of processor time"
+    title = "What a connection's kernel time is, beside plain routing's"
     port = [record for record in plane if record["path"] == "port"]
     if lines := _lines(port, "cpu_ratio_to_direct"):
         main = _main(lines)
         title = (
-            "Plain routing's processor time per connection, as a share of "
-            f"{main.name}'s: {_course(main, '{:.2f}'.format)}"
+            f"Kernel time of a new connection, plain routing's ÷ {main.name}'s: "
+            f"{_course(main, '{:.2f}'.format)}"
         )
     return Picture(
         _of_family("connect-cpu", family),
         title,
         f"{_what(family)}; kernel time of direct ÷ that of these rules. 1 is free.",
         _by_path(plane, "cpu_ratio_to_direct", "ratio", logarithmic=False),
+        same_scale=True,
     )
 
 
@@ -223,12 +230,14 @@ def _latency(plane: Sequence[Record], family: int) -> Picture:
     port = [record for record in plane if record["path"] == "port"]
     if lines := _lines(port, "added_us.p50"):
         main = _main(lines)
-        title = f"{main.name} adds to a connection {_course(main, '{:.1f} µs'.format)}"
+        adds = _course(main, "{:.1f} µs".format)
+        title = f"What {main.name} adds to a new connection: {adds}"
     return Picture(
         _of_family("connect-latency", family),
         title,
         f"{_what(family)}; connect(2) one after the other, median, less that of direct.",
         _by_path(plane, "added_us.p50", "µs", logarithmic=True),
+        same_scale=True,
     )
 
 

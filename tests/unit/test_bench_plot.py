@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import mesh.bench
 from mesh.bench import figures, plot
 from mesh.store.memory import MemoryStore
 from tests.support.commands import CommandLine
@@ -110,14 +111,17 @@ def test_one_size_is_enough_for_a_picture(cli: CommandLine, tmp_path: Path) -> N
 def test_a_title_says_that_a_measure_is_flat() -> None:
     change = next(plot.planned(ENGINE))
 
-    assert change.title == "Replacing one replica takes nftables 150 µs, with 10 services or 10,000"
+    assert change.title == (
+        "mesh nftables: replacing one replica takes 150 µs, with 10 services or 10,000"
+    )
 
 
 def test_a_title_says_that_a_measure_grows() -> None:
     change = next(plot.planned(ENGINE[2:]))
 
     assert change.title == (
-        "Replacing one replica takes iptables-legacy 5 ms with 10 services, 200 ms with 10,000"
+        "mesh iptables-legacy: replacing one replica takes "
+        "5 ms with 10 services, 200 ms with 10,000"
     )
 
 
@@ -127,8 +131,8 @@ def test_lines_are_in_the_order_of_services_and_the_last_result_counts() -> None
     change = next(plot.planned([*ENGINE, again]))
 
     lines = {line.name: line.points for line in change.panels[0].lines}
-    assert lines["nftables"] == ((10, 0.099), (10000, 0.15))
-    assert lines["iptables-legacy"] == ((10, 5.0), (10000, 200.0))
+    assert lines["mesh nftables"] == ((10, 0.099), (10000, 0.15))
+    assert lines["mesh iptables-legacy"] == ((10, 5.0), (10000, 200.0))
 
 
 def test_what_has_no_services_is_a_level() -> None:
@@ -136,8 +140,8 @@ def test_what_has_no_services_is_a_level() -> None:
 
     port, vip = cpu.panels
     assert port.levels == vip.levels == (("conntrack only", 0.9), ("one DNAT rule", 0.87))
-    assert [line.name for line in port.lines] == ["nftables", "kube-proxy iptables-legacy"]
-    assert [line.name for line in vip.lines] == ["nftables"]
+    assert [line.name for line in port.lines] == ["mesh nftables", "kube-proxy iptables-legacy"]
+    assert [line.name for line in vip.lines] == ["mesh nftables"]
     added = dict(latency.panels[0].lines[0].points)
     assert added == pytest.approx({10: 2.0, 1000: 2.0})
 
@@ -158,6 +162,7 @@ def test_without_matplotlib_the_command_that_installs_it_is_told(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "mesh.bench.pictures", raising=False)
+    monkeypatch.delattr(mesh.bench, "pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     file = _write(tmp_path, "engine.json", ENGINE)
 
