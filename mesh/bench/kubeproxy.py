@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass
+from string import Template
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.address import Family
@@ -17,7 +18,6 @@ from mesh.model.address import Family
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_MASQUERADE: Final = "0x4000"
 _LARGE_CLUSTER: Final = 1000
 """Endpoints beyond which kube-proxy leaves comments out of iptables rules."""
 
@@ -64,67 +64,74 @@ def nftables(node: Node, services: Iterable[Service]) -> str:
 
 
 def _base(node: Node) -> str:
-    ip, addr = _IP[node.family], f"ipv{node.family.suffix}_addr"
-    frontend = f"{addr} . inet_proto . inet_service"
-    return f"""add table {ip} kube-proxy
-table {ip} kube-proxy {{
- set cluster-ips {{ type {addr}; }}
- set nodeport-ips {{ type {addr}; elements = {{ {node.address} }} }}
- map firewall-ips {{ type {frontend} : verdict; }}
- map no-endpoint-nodeports {{ type inet_proto . inet_service : verdict; }}
- map no-endpoint-services {{ type {frontend} : verdict; }}
- map service-ips {{ type {frontend} : verdict; }}
- map service-nodeports {{ type inet_proto . inet_service : verdict; }}
- chain mark-for-masquerade {{ mark set mark or {_MASQUERADE}; }}
- chain masquerading {{
-  mark and {_MASQUERADE} == 0 return
-  mark set mark xor {_MASQUERADE}
+    words = {
+        "ip": _IP[node.family],
+        "addr": f"ipv{node.family.suffix}_addr",
+        "node": node.address,
+        "vips": node.vips,
+    }
+    return _BASE.substitute(words)
+
+
+_BASE: Final = Template("""add table $ip kube-proxy
+table $ip kube-proxy {
+ set cluster-ips { type $addr; }
+ set nodeport-ips { type $addr; elements = { $node } }
+ map firewall-ips { type $addr . inet_proto . inet_service : verdict; }
+ map no-endpoint-nodeports { type inet_proto . inet_service : verdict; }
+ map no-endpoint-services { type $addr . inet_proto . inet_service : verdict; }
+ map service-ips { type $addr . inet_proto . inet_service : verdict; }
+ map service-nodeports { type inet_proto . inet_service : verdict; }
+ chain mark-for-masquerade { mark set mark or 0x4000; }
+ chain masquerading {
+  mark and 0x4000 == 0 return
+  mark set mark xor 0x4000
   masquerade fully-random
- }}
- chain reject-chain {{ reject; }}
- chain firewall-check {{ {ip} daddr . meta l4proto . th dport vmap @firewall-ips; }}
- chain cluster-ips-check {{
-  {ip} daddr @cluster-ips reject
-  {ip} daddr {{ {node.vips} }} drop
- }}
- chain service-endpoints-check {{
-  {ip} daddr . meta l4proto . th dport vmap @no-endpoint-services
- }}
- chain nodeport-endpoints-check {{
-  {ip} daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports
- }}
- chain services {{
-  {ip} daddr . meta l4proto . th dport vmap @service-ips
-  {ip} daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
- }}
- chain filter-prerouting-pre-dnat {{
+ }
+ chain reject-chain { reject; }
+ chain firewall-check { $ip daddr . meta l4proto . th dport vmap @firewall-ips; }
+ chain cluster-ips-check {
+  $ip daddr @cluster-ips reject
+  $ip daddr { $vips } drop
+ }
+ chain service-endpoints-check {
+  $ip daddr . meta l4proto . th dport vmap @no-endpoint-services
+ }
+ chain nodeport-endpoints-check {
+  $ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports
+ }
+ chain services {
+  $ip daddr . meta l4proto . th dport vmap @service-ips
+  $ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+ }
+ chain filter-prerouting-pre-dnat {
   type filter hook prerouting priority -110
   ct state new jump firewall-check
- }}
- chain filter-output-pre-dnat {{
+ }
+ chain filter-output-pre-dnat {
   type filter hook output priority -110
   ct state new jump firewall-check
- }}
- chain filter-forward {{
+ }
+ chain filter-forward {
   type filter hook forward priority 0
   ct state new jump service-endpoints-check
   ct state new jump cluster-ips-check
- }}
- chain filter-input {{
+ }
+ chain filter-input {
   type filter hook input priority 0
   ct state new jump nodeport-endpoints-check
   ct state new jump service-endpoints-check
- }}
- chain filter-output {{
+ }
+ chain filter-output {
   type filter hook output priority 0
   ct state new jump service-endpoints-check
   ct state new jump cluster-ips-check
- }}
- chain nat-prerouting {{ type nat hook prerouting priority -100; jump services; }}
- chain nat-output {{ type nat hook output priority -100; jump services; }}
- chain nat-postrouting {{ type nat hook postrouting priority 100; jump masquerading; }}
-}}
-"""
+ }
+ chain nat-prerouting { type nat hook prerouting priority -100; jump services; }
+ chain nat-output { type nat hook output priority -100; jump services; }
+ chain nat-postrouting { type nat hook postrouting priority 100; jump masquerading; }
+}
+""")
 
 
 def _nft_service(node: Node, service: Service) -> Iterator[tuple[str, str]]:

@@ -96,11 +96,8 @@ def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str
     """
     from mesh.bench import isolated
 
-    cases = _cases(sizes, backend)
-    wanted = [case for case in cases if all_sizes or not names.is_slow(*case)]
-    _tell_left_out(wanted, cases)
     results = bench_show.Results(_target(to))
-    for name, size in wanted:
+    for name, size in _cases(sizes, backend, all_sizes=all_sizes):
         arguments = {"backend": name, "services": size, "rounds": rounds}
         with results.excusing(names.case(name, size)):
             results.add([isolated.measure("mesh.bench.engine", arguments)])
@@ -151,8 +148,9 @@ def dataplane(
 @_services("10000")
 @_backend("nftables")
 @_rounds(2, 500, "How many single changes, at most.")
+@_ALL_SIZES
 @_JSON
-def live(sizes: list[int], backend: str, rounds: int, to: str | None) -> None:
+def live(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str | None) -> None:
     """From a write to etcd to the kernel, and to a connection, in a lab of one node."""
     import asyncio
 
@@ -160,7 +158,7 @@ def live(sizes: list[int], backend: str, rounds: int, to: str | None) -> None:
     from mesh.bench.progress import tell
 
     results = bench_show.Results(_target(to))
-    for name, size in _cases(sizes, backend):
+    for name, size in _cases(sizes, backend, all_sizes=all_sizes):
         with results.excusing(names.case(name, size)):
             results.add([asyncio.run(measured.run(name, size, rounds))])
         tell("")
@@ -192,8 +190,12 @@ def _names(backend: str) -> tuple[str, ...]:
     return names.BACKENDS if backend == "all" else (backend,)
 
 
-def _cases(sizes: Sequence[int], backend: str) -> list[tuple[str, int]]:
-    return [(name, size) for name in _names(backend) for size in sizes]
+def _cases(sizes: Sequence[int], backend: str, *, all_sizes: bool) -> list[tuple[str, int]]:
+    """What to measure one after the other; says what it leaves out."""
+    every = [(name, size) for name in _names(backend) for size in sizes]
+    wanted = [case for case in every if all_sizes or not names.is_slow(*case)]
+    _tell_left_out(wanted, every)
+    return wanted
 
 
 def _tell_left_out(
