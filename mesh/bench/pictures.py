@@ -37,7 +37,7 @@ _LABEL_POINTS: Final = 12.0
 
 _PER_ROW: Final = 3
 _WIDTH, _HEIGHT = 5.3, 3.9
-_LEFT, _LABELS = 0.65, 1.9
+_LEFT, _LABELS = 0.7, 1.9
 """Of one panel, and of what is left and right of its axes, in inches."""
 
 
@@ -72,18 +72,20 @@ def _figure(picture: Picture) -> Figure:
     )  # fmt: skip
     pairs = list(zip(all_axes, picture.panels, strict=False))
     for axes, panel in pairs:
-        _panel(axes, panel)
+        _panel(axes, panel, picture.panels if picture.same_scale else (panel,))
     for axes, panel in pairs:  # when no scale changes any more
         _label(figure, axes, panel)
     return figure
 
 
-def _panel(axes: Axes, panel: Panel) -> None:
+def _panel(axes: Axes, panel: Panel, beside: Sequence[Panel]) -> None:
+    """Draw a panel on a scale that suits all of `beside`."""
     axes.set_title(f"{panel.title} ({panel.unit})", loc="left", fontsize=10.5)
     sizes = sorted({size for line in panel.lines for size, _ in line.points})
     axes.set_xscale("log")
     if panel.logarithmic:
         axes.set_yscale("log")
+        axes.set_ylim(*_limits(beside))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     for line in panel.lines:
@@ -96,11 +98,25 @@ def _panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
     axes.set_xticks(sizes)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel("services")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def _limits(panels: Sequence[Panel]) -> tuple[float, float]:
+    """The steps of a 1, 2, 5 scale around every value."""
+    values = [value for panel in panels for _, value in panel.levels]
+    values += [value for panel in panels for line in panel.lines for _, value in line.points]
+    known = [value for value in values if value > 0] or [1.0]
+    steps = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)]
+    low = max(step for step in steps if step < min(known))
+    return low, min(step for step in steps if step > max(known))
 
 
 def _label(figure: Figure, axes: Axes, panel: Panel) -> None:

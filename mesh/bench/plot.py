@@ -146,7 +146,9 @@ def _course(line: Line, show: Any) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value * 1e3:.0f} µs" if value < 1 else f"{value:.3g} ms"
+    if value < 1:
+        return f"{value * 1e3:.0f} µs"
+    return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
 
 
 # ---- pictures
@@ -213,7 +215,7 @@ def _ratio(plane: Sequence[Record], family: int) -> Picture:
     if lines := _lines(port, "cpu_ratio_to_direct"):
         main = _main(lines)
         title = (
-            f"Kernel time of a new connection, plain routing's ÷ {main.name}'s: "
+            f"Kernel time of a new connection, plain routing ÷ {main.name}: "
             f"{_course(main, '{:.2f}'.format)}"
         )
     return Picture(

@@ -107,7 +107,7 @@ def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str
 @bench.command()
 @_services("10,1000,10000")
 @_backend("all")
-@_rounds(1, 9, "How often every rule set has its turn.")
+@_rounds(1, 20, "How often every rule set has its turn.")
 @click.option("--family", type=click.Choice(("4", "6")), default="4", show_default=True)
 @click.option("--kube-proxy/--no-kube-proxy", default=True, help="Compare with kube-proxy's rules.")
 @_ALL_SIZES
