@@ -37,6 +37,9 @@ _HOLDERS: Final = 100
 
 _FEW: Final = 10
 
+_SAMPLES: Final = 10
+_SAMPLE_SECONDS: Final = 0.1
+
 
 async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     """The figures of one backend at one size; `rounds` single changes are timed, at most."""
@@ -49,7 +52,6 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     state = State(records.KEYS, "n1")
     reconciler = Reconciler(state, driver, lambda _delta: None)
     clock = _Clock(state, reconciler, services)
-    before = figures.kernel_mb()
     await driver.prepare()
     state.apply(records.everything(services))
     gc.collect()
@@ -59,7 +61,7 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     gc.freeze()
     found: dict[str, object] = {"bench": "engine", "backend": backend, "services": services}
     found["install_ms"] = figures.milliseconds(install)
-    memory = {"rss_mb": figures.rss_mb("self"), "kernel_mb": figures.grown(before)}
+    rss = figures.rss_mb("self")
     say("one replica changes")
     found["change_us"] = figures.percentiles(await clock.each(rounds, clock.swap), 1e6)
     say("a replica comes and goes")
@@ -78,8 +80,8 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     found["resync_ms"] = figures.milliseconds(await drift.rewrite(backend, driver, reconciler))
     say("etcd lists everything again")
     found["relist_ms"] = figures.milliseconds(await clock.relist())
-    driver.close()
-    return found | memory
+    say("taking everything away")
+    return found | {"rss_mb": rss, "kernel_mb": await _freed(driver)}
 
 
 class _Clock:
@@ -176,6 +178,21 @@ async def _drift(driver: Driver) -> float:
     delta = Delta.between(await driver.read(), desired)
     assert not delta, "the kernel changed by itself"
     return time.perf_counter() - began
+
+
+async def _freed(driver: Driver) -> float | None:
+    """By how many MiB the kernel's memory shrinks when the rules go.
+
+    Not by how many it grew: installing takes long, and others use memory as well meanwhile.
+    """
+    samples = [figures.kernel_mb()]
+    await driver.remove()
+    driver.close()
+    for _ in range(_SAMPLES):  # the kernel frees after a while
+        await asyncio.sleep(_SAMPLE_SECONDS)
+        samples.append(figures.kernel_mb())
+    told = [sample for sample in samples if sample is not None]
+    return round(told[0] - min(told), 1) if told else None
 
 
 def _measure(wanted: Mapping[str, Any]) -> dict[str, object]:

@@ -50,9 +50,3 @@ def kernel_mb() -> float | None:
     if not sizes.keys() >= set(_KERNEL):
         return None
     return sum(sizes[name] for name in _KERNEL) / 1024
-
-
-def grown(before: float | None) -> float | None:
-    """By how many MiB the kernel's memory has grown, whoever made it."""
-    now = kernel_mb()
-    return None if now is None or before is None else round(now - before, 1)

@@ -180,7 +180,3 @@ def test_percentiles_are_values_that_occurred(share: float, expected: float) -> 
     values = [7.0, 3, 10, 1, 9, 2, 8, 4, 6, 5]
 
     assert figures.percentile(values, share) == expected
-
-
-def test_memory_that_is_not_told_has_not_grown() -> None:
-    assert figures.grown(None) is None
