@@ -100,9 +100,12 @@ def run(variants: Sequence[Variant], family: Family, rounds: int) -> list[dict[s
                     own, connections = own + used, connections + count
             stage.topology.forget_flows()
         if number == 0:
-            _check(stages)
+            _check(stages, rounds=1, intact=True)
+            for lane in (lane for stage in stages for lane in stage.lanes):
+                lane.rounds, lane.taken = [], Taken()
             own, connections = 0.0, 0
     processor.close()
+    _check(stages, rounds=rounds, intact=False)
     return list(_figures(stages, own / connections, family))
 
 
@@ -145,16 +148,20 @@ def _measure(generator: Generator, lane: _Lane, processor: Processor) -> tuple[f
     return own, connections
 
 
-def _check(stages: Sequence[_Stage]) -> None:
-    """The first round does not count, but tells whether all rule sets forward."""
+def _check(stages: Sequence[_Stage], *, rounds: int, intact: bool) -> None:
+    """Raise MeshError if a rule set did not forward: `rounds` in full, or all there is if `intact`.
+
+    The first round does not count, but must be intact: it tells whether there is something to
+    compare.
+    """
     for stage in stages:
         for lane in stage.lanes:
-            if lane.taken.failed:
+            failed = lane.taken.failed
+            if len(lane.rounds) != rounds or (failed and intact):
                 raise MeshError(
-                    f"{stage.variant}: {lane.taken.failed} of {lane.taken.connections} connections "
-                    f"by {lane.path} failed, so there is nothing to compare"
+                    f"{stage.variant}: {failed} of {lane.taken.connections} connections by "
+                    f"{lane.path} failed, so there is nothing to compare"
                 )
-            lane.rounds, lane.taken = [], Taken()
 
 
 # ---- figures

@@ -111,7 +111,10 @@ def inside(family: Family) -> str:
 
 def run(*argv: str, input: str = "") -> None:
     """Run a program in the thread's namespace, for as long as it takes.  Raises CommandFailed."""
-    done = subprocess.run(argv, input=input, text=True, capture_output=True, check=False)
+    try:
+        done = subprocess.run(argv, input=input, text=True, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise CommandFailed(f"{argv[0]} is not installed (--backend says what is needed)") from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())[:300]
         raise CommandFailed(f"{' '.join(argv)}: {said}")
