@@ -86,9 +86,10 @@ class Agent:
                     tasks.create_task(self._control(cluster), name="controller")
                 node = await self._numbered()
                 self._held = node.network
+                parameters = self._parameters(cluster, node.network)
                 await self._network.start()
                 tasks.create_task(self._keep_network(), name="network")
-                await self._keep_rules(cluster, node, lease, tasks)
+                await self._keep_rules(parameters, node.name, lease, tasks)
         finally:
             await self._network.close()
 
@@ -213,13 +214,15 @@ class Agent:
 
     # ---- rules
 
+    def _parameters(self, cluster: Cluster, network: NodeNetwork) -> Parameters:
+        devices = Devices(*self._network.names, network.bridge_mac)
+        return Parameters.of(cluster, network.number, devices, self._config.marks.layout)
+
     async def _keep_rules(
-        self, cluster: Cluster, node: NodeView, lease: LeaseHolder, tasks: asyncio.TaskGroup
+        self, parameters: Parameters, own: str, lease: LeaseHolder, tasks: asyncio.TaskGroup
     ) -> None:
-        devices = Devices(*self._network.names, node.network.bridge_mac)
-        parameters = Parameters.of(cluster, node.network.number, devices)
         chosen = await backend.choose(self._config.backend, parameters)
-        rules = Rules(self._state, chosen, self._changed.set)
+        rules = Rules(self._state, chosen, parameters.layout, self._changed.set)
         try:
             self._pending = _NOTHING
             revision = self._state.revision
@@ -228,14 +231,14 @@ class Agent:
             gc.collect()
             gc.freeze()  # what was loaded stays; no collection walks it again
             gc.enable()
-            reporter = Reporter(self._store, self._keys.applied(node.name), chosen)
+            reporter = Reporter(self._store, self._keys.applied(own), chosen)
             reporter.applied(revision)
-            await lease.put(self._keys.alive(node.name), b"{}")
+            await lease.put(self._keys.alive(own), b"{}")
             tasks.create_task(lease.run(), name="lease")
             reports = reporter.run(lambda: self._problems(rules), self._follower.orders_in)
             tasks.create_task(reports, name="reporter")
             rules.look_after(tasks)
-            log.info("forwarding node=%s number=%d", node.name, node.network.number)
+            log.info("forwarding node=%s number=%d", own, parameters.network.number)
             held = False
             while True:
                 await self._changed.wait()

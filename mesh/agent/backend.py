@@ -20,10 +20,11 @@ from mesh.model.cluster import Cluster
 from mesh.rules.program import Parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Container
 
     from mesh.dataplane.protocol import Driver, Examined
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.program import Devices
 
 log = logging.getLogger(__name__)
@@ -138,8 +139,28 @@ async def _used() -> Flavour:
     return "nft" if "nf_tables" in await command.run("iptables", "--version") else "legacy"
 
 
+async def layout(parameters: Parameters) -> Layout | None:
+    """How the rules that are on this host keep marks; None if there are none, or it cannot be
+    told.  Whose rules they are does not matter to `parameters`.  Raises CommandFailed.
+    """
+    with closing(Socket()) as netlink:
+        found = nftables.layout(netlink)
+    for driver in await _iptables_present(parameters) if found is None else ():
+        found = found or await driver.layout()
+    return found
+
+
+async def read_present(parameters: Parameters) -> Elements:
+    """What all backends hold on this host; of one that is damaged, nothing."""
+    return await _read(parameters, frozenset())
+
+
 async def read_others(kept: Driver, parameters: Parameters) -> Elements:
     """What backends other than `kept` hold on this host; of one that is damaged, nothing."""
+    return await _read(parameters, frozenset((kept.name,)))
+
+
+async def _read(parameters: Parameters, kept: Container[str]) -> Elements:
     found: Elements = {}
     drivers: list[Driver] = [*await _iptables_present(parameters)]
     with closing(Socket()) as netlink:
@@ -147,7 +168,7 @@ async def read_others(kept: Driver, parameters: Parameters) -> Elements:
             drivers.append(NftablesDriver(parameters))
     for driver in drivers:
         try:
-            if driver.name != kept.name:
+            if driver.name not in kept:
                 found |= await driver.read()
         except (CommandFailed, HostNotReady, NotFound) as error:
             log.warning("backend=%s cannot be read: %s", driver.name, error)
@@ -176,10 +197,18 @@ async def remove_all(devices: Devices) -> None:
     """Take the rules of every backend off this host.  Raises CommandFailed or HostNotReady."""
     with closing(Socket()) as netlink:
         nftables.remove_tables(netlink)
-    # The names of chains and sets are the same for every node.
-    anybody = Parameters.of(Cluster(id="any", prefix6="fd00::/48"), 1, devices)
-    for driver in await _iptables_present(anybody):
+    await remove_iptables(anybody(devices))
+
+
+async def remove_iptables(parameters: Parameters) -> None:
+    """Take the chains and sets of every flavour off this host.  Raises CommandFailed."""
+    for driver in await _iptables_present(parameters):
         await driver.remove()
+
+
+def anybody(devices: Devices) -> Parameters:
+    """What serves to find and to remove: names of chains and sets are the same for every node."""
+    return Parameters.of(Cluster(id="any", prefix6="fd00::/48"), 1, devices)
 
 
 async def _iptables_present(parameters: Parameters) -> list[IptablesDriver]:

@@ -40,8 +40,9 @@ async def _remove(config: AgentConfig) -> None:
     keys = schema.Keys(config.etcd.prefix)
     network = Network(config, State(keys, config.node))
     try:
-        await backend.remove_all(Devices(*network.names, _ANY_MAC))
-        with closing(Firewall(ignored=0)) as firewall:
+        devices = Devices(*network.names, _ANY_MAC)
+        await backend.remove_all(devices)
+        with closing(Firewall(config.marks.layout, ignored=0)) as firewall:
             await firewall.remove()
         await network.remove()
     finally:

@@ -15,6 +15,7 @@ from mesh.errors import BadUsage
 from mesh.model.address import parse_address
 from mesh.model.names import check_name
 from mesh.model.node import Role, split_endpoint
+from mesh.rules.marks import DEFAULT, Layout
 
 BACKENDS: Final = ("auto", "nftables", "iptables", "iptables-legacy", "iptables-nft")
 """What may drive the rules; `iptables` is the flavour that the host uses."""
@@ -45,6 +46,23 @@ class EtcdConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"prefix {self.prefix!r} must start with '/' and not end with one")
 
 
+class MarksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which bits of marks are the mesh's on this host: 12 in a row of the packet mark, and at least
+    26 of the conntrack mark, those 12 among them.  Other bits stay the host's own.
+    """
+
+    packet_mark: int = DEFAULT.packet_mark
+    ct_mark: int = DEFAULT.ct_mark
+
+    def __post_init__(self) -> None:
+        self.layout  # noqa: B018 - raises ValueError
+
+    @property
+    def layout(self) -> Layout:
+        """What is where in them."""
+        return Layout.of(self.packet_mark, self.ct_mark)
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One node's configuration.
 
@@ -55,6 +73,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     node: str
     role: Role = Role.WORKER
     etcd: EtcdConfig = EtcdConfig()
+    marks: MarksConfig = MarksConfig()
     state_dir: str = "/var/lib/mesh"
     endpoints: tuple[str, ...] = ()
     labels: dict[str, str] = {}
@@ -113,5 +132,7 @@ def _key(text: str) -> str:
 
 
 def _toml(value: object) -> str:
-    """A text, number or list of them: JSON is TOML there, but for DEL."""
+    """A mark, a text or a list of texts: JSON is TOML there, but for DEL."""
+    if isinstance(value, int):
+        return f"0x{value:08x}"
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.errors import ApplyFailed
 from mesh.model.report import Problem
-from mesh.rules import elements, marks, stale
+from mesh.rules import elements, stale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mesh.dataplane.conntrack import Conntrack
     from mesh.dataplane.protocol import ElementDelta
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
 
     Held = Callable[[int], Elements]
 
@@ -37,8 +38,9 @@ _LOOK_SECONDS: Final = 1.0
 class Flows:
     """The flows of one node, kept in line with its rules."""
 
-    def __init__(self, conntrack: Conntrack) -> None:
+    def __init__(self, conntrack: Conntrack, layout: Layout) -> None:
         self._conntrack = conntrack
+        self._layout = layout
         self._written: list[ElementDelta] = []
         self._doubted = True  # the agent before this one may have been killed too early
         self._shrunk = asyncio.Event()
@@ -77,14 +79,15 @@ class Flows:
                 self.problems = ()
 
     async def _forget(self, deltas: list[ElementDelta], held: Held) -> None:
-        due = {each for delta in deltas for each in stale.after(delta, held)}
+        layout = self._layout
+        due = {each for delta in deltas for each in stale.after(delta, held, layout)}
         # What was stale, served, and is stale again has clients that wait for an answer.
-        due -= {each for delta in self._written for each in stale.after(delta, held)}
+        due -= {each for delta in self._written for each in stale.after(delta, held, layout)}
         await self._conntrack.forget(due)
         if self._doubted:
             self._doubted = False
-            flows = await self._conntrack.udp_flows(marks.OURS, marks.OURS | marks.VIA)
-            await self._conntrack.delete(stale.among(flows, held))
+            flows = await self._conntrack.udp_flows(layout.ours, layout.ours | layout.via)
+            await self._conntrack.delete(stale.among(flows, held, layout))
 
     async def _keep_stranded(self, held: Held) -> None:
         """Give connections to a backend that left without an answer another try."""
@@ -93,7 +96,7 @@ class Flows:
             self._shrunk.clear()
             try:
                 flows = await self._conntrack.unanswered()
-                await self._conntrack.delete(stale.stranded(flows, held))
+                await self._conntrack.delete(stale.stranded(flows, held, self._layout))
             except ApplyFailed as error:
                 self._tell(error)
                 self._shrunk.set()

@@ -19,6 +19,7 @@ from mesh.model.node import Node, split_endpoint
 from mesh.model.report import Problem
 from mesh.wg import keys, network
 from mesh.wg.device import Overlay
+from mesh.wg.links import Local
 
 if TYPE_CHECKING:
     from mesh.agent.config import AgentConfig
@@ -35,6 +36,7 @@ class Network:
         self._config = config
         self._state = state
         self._state_dir = Path(config.state_dir)
+        self._layout = config.marks.layout
         self.names = link.DeviceNames(config.overlay_device, config.steering_device, config.bridge)
         self._links = LinkDriver(self.names)
         overlay = Overlay(self._links)
@@ -47,7 +49,7 @@ class Network:
         Raises HostNotReady if the host cannot take part.
         """
         underlay = await self._links.underlay()
-        network.check_host(underlay, cluster)
+        await network.check_host(underlay, cluster, self._layout)
         if await self._links.overlay_kind() is None:
             host.check_port(cluster.wireguard_port)
         key = await keys.load(self._state_dir)
@@ -78,7 +80,8 @@ class Network:
         underlay = await self._links.underlay()
         key = await keys.load(self._state_dir)
         mtu = underlay.mtu(split_endpoint(e)[0] for e in nodes[own].node.endpoints)
-        wanted = network.Wanted.of(self.names, cluster, nodes, own, mtu)
+        local = Local(self.names, mtu, self._layout)
+        wanted = network.Wanted.of(local, cluster, nodes, own)
         problems = list(wanted.problems)
         try:
             problems += await self._network.reconcile(key, cluster.wireguard_port, wanted, underlay)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Forwarding
     from mesh.rules.ids import Ids
+    from mesh.rules.marks import Layout
 
 
 def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
@@ -39,7 +40,7 @@ def lower(service: ServiceView, node: NodeView, ids: Ids) -> tuple[Elements, set
     return found, pools
 
 
-def lower_nodes(peers: Mapping[str, PeerNode], own: str) -> Elements:
+def lower_nodes(peers: Mapping[str, PeerNode], own: str, layout: Layout) -> Elements:
     """The elements that describe the nodes `own` accepts as peers, and itself."""
     found: Elements = {}
     if own not in peers:
@@ -47,5 +48,5 @@ def lower_nodes(peers: Mapping[str, PeerNode], own: str) -> Elements:
     for name, peer in mesh.wg.plan.admit(peers, own)[0].items():
         found |= nft.lower_nodes((*peer.node.addresses, *peer.network.overlay))
         if name != own:
-            found |= nft.lower_peer(peer.network)
+            found |= nft.lower_peer(peer.network, layout)
     return found

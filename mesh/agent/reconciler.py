@@ -15,7 +15,7 @@ from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
-from mesh.rules import elements, marks, nft, stale
+from mesh.rules import elements, nft, stale
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mesh.agent.state import State, Touched
     from mesh.dataplane.protocol import Driver, ElementDelta
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
 
     Written = Callable[[ElementDelta], None]
 
@@ -40,11 +41,11 @@ class Reconciler:
     `written` is told every change that the kernel has taken.
     """
 
-    def __init__(self, state: State, driver: Driver, written: Written) -> None:
+    def __init__(self, state: State, driver: Driver, written: Written, layout: Layout) -> None:
         self._state = state
         self._driver = driver
         self._written = written
-        self._ids = Ids()
+        self._ids = Ids(layout)
         self._ledger = Ledger()
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
         self._pools: dict[str, tuple[str, ...]] = {}
@@ -107,7 +108,7 @@ class Reconciler:
     def _wanted(self, key: ElementKey) -> bytes | None:
         owner: str | None = _NODES
         if elements.SETS[key[0]].key[0] is elements.MARK:
-            pool = self._ids.key(marks.parse(elements.mark_of(key[1][:4])).id)
+            pool = self._ids.key(self._ids.layout.id_of(elements.mark_of(key[1][:4])))
             owner = pool.partition("/")[0] if pool is not None else None
         return self._ledger.wanted(key, owner)
 
@@ -129,7 +130,7 @@ class Reconciler:
             return {}
         owner = key.partition("/")[0]
         if self._looked_at[0] != owner:
-            self._looked_at = owner, stale.by_id(self._ledger.held_by(owner))
+            self._looked_at = owner, stale.by_id(self._ledger.held_by(owner), self._ids.layout)
         return self._looked_at[1].get(number, {})
 
     def held_udp(self, number: int) -> Elements:
@@ -150,7 +151,9 @@ class Reconciler:
         self._looked_at = ("", {})
         wanted = {name: self._lower(name) for name in services}
         if nodes:
-            wanted[_NODES] = planner.lower_nodes(self._state.peers(), self._state.node)
+            wanted[_NODES] = planner.lower_nodes(
+                self._state.peers(), self._state.node, self._ids.layout
+            )
         return self._ledger.stage(wanted)
 
     def _lower(self, name: str) -> Elements:

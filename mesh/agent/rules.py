@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mesh.agent.state import State, Touched
     from mesh.model.report import Problem
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
 
 log = logging.getLogger(__name__)
@@ -41,13 +42,15 @@ SETTLE_SECONDS: Final = 0.05
 class Rules:
     """What this node forwards.  `told` is called when `problems` may have changed."""
 
-    def __init__(self, state: State, chosen: Chosen, told: Callable[[], None]) -> None:
+    def __init__(
+        self, state: State, chosen: Chosen, layout: Layout, told: Callable[[], None]
+    ) -> None:
         self._driver = chosen.driver
-        self._flows = Flows(Conntrack())
+        self._flows = Flows(Conntrack(layout), layout)
         flavour = chosen.driver.name.removeprefix("iptables-")
-        self._firewall = Firewall(ignored=chosen.driver.port, own=flavour)
+        self._firewall = Firewall(layout, ignored=chosen.driver.port, own=flavour)
         self._refused: tuple[Problem, ...] = ()
-        self._reconciler = Reconciler(state, self._driver, self._flows.written)
+        self._reconciler = Reconciler(state, self._driver, self._flows.written, layout)
         self._told = told
 
     async def start(self, parameters: Parameters) -> None:

@@ -17,6 +17,7 @@ from mesh.bench import backends, drift, figures, isolated, names, records
 from mesh.bench.progress import tell
 from mesh.delta import Delta
 from mesh.model import address
+from mesh.rules import marks
 from mesh.store.protocol import Changes
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     say("installing")
     driver = backends.driver(backend)
     state = State(records.KEYS, "n1")
-    reconciler = Reconciler(state, driver, lambda _delta: None)
+    reconciler = Reconciler(state, driver, lambda _delta: None, marks.DEFAULT)
     clock = _Clock(state, reconciler, services)
     await driver.prepare()
     state.apply(records.everything(services))

@@ -14,6 +14,7 @@ from mesh.bench import backends, kubeproxy, names, records, topology
 from mesh.bench.names import KUBE_PROXY
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
+from mesh.rules import marks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,7 +119,7 @@ async def _install(backend: str, services: int) -> float:
     driver = backends.driver(backend)
     try:
         state = State(records.KEYS, "n1")
-        reconciler = Reconciler(state, driver, lambda _delta: None)
+        reconciler = Reconciler(state, driver, lambda _delta: None, marks.DEFAULT)
         state.apply(records.everything(services, records.LOCAL))
         began = time.perf_counter()
         await driver.prepare()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mesh.model.view import NodeView
     from mesh.rules.dump import Rules
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
 
 
 NFTABLES: Final = "nftables"
@@ -133,12 +134,12 @@ async def _read(session: Session, name: str, here: AgentConfig | None, asked: st
     else:
         host = await _kernel(here.backend, reported, parameters, asked)
     held = host.held.elements if host.held is not None else {}
-    owners = _desired(known, node, held)
+    owners = _desired(known, node, held, parameters.layout)
     addresses, backend = peers[name].node.addresses, msgspec.convert(host.backend, dump.Backend)
     desired = dump.Rules(name, "desired", parameters, addresses, owners, backend)
     read = None
     if host.held is not None:
-        holding = dump.by_owner(held, owners)
+        holding = dump.by_owner(held, owners, parameters.layout)
         read = dump.Rules(name, "kernel", parameters, addresses, holding, backend)
     return Engine(known, desired, read, host.held, host.differences, host.unread)
 
@@ -194,16 +195,19 @@ def _parameters(known: state.State, node: NodeView, settings: AgentConfig) -> Pa
     assert known.cluster is not None  # or the node would have no number
     names = DeviceNames(settings.overlay_device, settings.steering_device, settings.bridge)
     devices = Devices(*names, node.network.bridge_mac)
-    return Parameters.of(known.cluster, node.network.number, devices)
+    layout = settings.marks.layout
+    return Parameters.of(known.cluster, node.network.number, devices, layout)
 
 
-def _desired(known: state.State, node: NodeView, held: Elements) -> dict[str, Elements]:
+def _desired(
+    known: state.State, node: NodeView, held: Elements, layout: Layout
+) -> dict[str, Elements]:
     """The elements of every owner, with the frontend ids that the kernel has already."""
-    ids, ledger = Ids(), Ledger()
+    ids, ledger = Ids(layout), Ledger()
     views = [view for name in sorted(known.services()) if (view := known.service_view(name))]
     for view in views:
         nft.adopt(planner.plan(view, node), held, ids)
     wanted = {view.spec.name: planner.lower(view, node, ids)[0] for view in views}
-    wanted[dump.NODES] = planner.lower_nodes(known.peers(), node.name)
+    wanted[dump.NODES] = planner.lower_nodes(known.peers(), node.name, layout)
     ledger.stage(wanted)
     return {owner: owned for owner in wanted if (owned := ledger.held_by(owner))}

@@ -52,7 +52,7 @@ def trace(
         packet = packet._replace(entry=Entry.STEERING, ether=names.steering(via))
     elif enters is not None:
         packet = packet._replace(entry=Entry(enters))
-    owners = dump.frontends(rules.owners)
+    owners = dump.frontends(rules.owners, rules.parameters.layout)
     with options.naming("SRC DST"):
         wanted = walking.walk(packet, _place(rules, owners))
     real = None

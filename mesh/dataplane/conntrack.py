@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Final
 from mesh.dataplane.nfnetlink import Message, Socket, attribute, attributes, generic, nested
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
-from mesh.rules import marks, stale
+from mesh.rules import stale
 from mesh.rules.stale import Flow, Stale
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from mesh.rules.marks import Layout
     from mesh.rules.stale import Endpoint
 
-_GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
+_CHANGE, _GET, _DELETE = 1 << 8, 1 << 8 | 1, 1 << 8 | 2
 _ORIGINAL, _REPLY, _STATUS, _MARK, _ID = 1, 2, 3, 8, 12
 _ZONE, _MARK_MASK, _FILTER, _STATUS_MASK = 18, 21, 25, 26
 _ADDRESSES, _PORTS = 1, 2
@@ -46,7 +47,8 @@ _UNSUPPORTED: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 class Conntrack:
     """The connection table of one network namespace.  Costs nothing until it is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._socket = Socket()
         self._filters = True
         self._lock = asyncio.Lock()
@@ -73,7 +75,8 @@ class Conntrack:
 
     async def unanswered(self) -> list[Flow]:
         """Flows of ours, translated here, to which nothing ever came back."""
-        asked = _marked(Stale(marks.OURS, marks.OURS | marks.VIA))
+        ours, via = self._layout.ours, self._layout.via
+        asked = _marked(Stale(ours, ours | via))
         asked += attribute(_STATUS, bytes(4)) + attribute(
             _STATUS_MASK, _ANSWERED.to_bytes(4, "big")
         )
@@ -88,9 +91,47 @@ class Conntrack:
             async with self._lock:
                 await asyncio.to_thread(self._delete, found)
 
+    async def forget_marked(self, bit: int) -> None:
+        """Delete every flow that carries a bit, of any protocol.  Raises ApplyFailed."""
+        async with self._lock:
+            (failed,) = await asyncio.to_thread(self._send, [_marked(Stale(bit, bit))])
+        if failed not in (0, errno.ENOENT):
+            raise _refused("delete", os.strerror(failed))
+
+    async def remark(self, bit: int, mask: int, become: Callable[[int], int]) -> int:
+        """Write what `become` makes of its mark to the bits in `mask` of each flow that carries a
+        bit, of any protocol; how many there were.  Raises ApplyFailed.
+
+        New ones must not come meanwhile; those that did before they were kept off are found too.
+        """
+        async with self._lock:
+            return await asyncio.to_thread(self._remark, bit, mask, become)
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+    def _remark(self, bit: int, mask: int, become: Callable[[int], int]) -> int:
+        done: set[bytes] = set()
+        while True:
+            found = dict(self._marks(bit))
+            fresh = {handle: mark for handle, mark in found.items() if handle not in done}
+            if not fresh:
+                return len(done)
+            wanted = [_changed(handle, become(mark), mask) for handle, mark in fresh.items()]
+            for first in range(0, len(wanted), _IN_FLIGHT):
+                for number in self._send(wanted[first : first + _IN_FLIGHT], _CHANGE):
+                    if number not in (0, errno.ENOENT):
+                        raise _refused("change", os.strerror(number))
+            done |= fresh.keys()
+
+    def _marks(self, bit: int) -> Iterator[tuple[bytes, int]]:
+        """The flows that carry a bit, and their marks."""
+        for body in self._dump(_marked(Stale(bit, bit))):
+            parts = dict(attributes(body, 4))
+            mark = int.from_bytes(parts.get(_MARK, b""), "big")
+            if mark & bit:  # not every kernel filters
+                yield _handle(body, parts), mark
 
     def _forget(self, wanted: tuple[Stale, ...]) -> None:
         if not (len(wanted) <= _MESSAGES and all(map(_is_plain, wanted)) and self._flush(wanted)):
@@ -112,13 +153,16 @@ class Conntrack:
         one request per family then, and each walks the whole table.
         """
         common = functools.reduce(_union, wanted)
-        if common.mask & marks.ID_MASK == marks.ID_MASK and not common.bare:
+        if common.mask & self._layout.id == self._layout.id and not common.bare:
             return self._read(_marked(common))
         return [flow for body in _udp([common]) for flow in self._read(body)]
 
     def _read(self, body: bytes) -> list[Flow]:
+        return list(_parsed(self._dump(body)))
+
+    def _dump(self, body: bytes) -> list[bytes]:
         try:
-            return list(_parsed(self._socket.dump(Message(_GET, 0, body))))
+            return self._socket.dump(Message(_GET, 0, body))
         except OSError as error:
             raise _refused("list", str(error.strerror or error)) from None
 
@@ -128,17 +172,19 @@ class Conntrack:
                 if number not in (0, errno.ENOENT):
                     raise _refused("delete", os.strerror(number))
 
-    def _send(self, bodies: list[bytes]) -> list[int]:
+    def _send(self, bodies: list[bytes], kind: int = _DELETE) -> list[int]:
         try:
-            return self._socket.each([Message(_DELETE, 0, body) for body in bodies])
+            return self._socket.each([Message(kind, 0, body) for body in bodies])
         except OSError as error:
-            raise _refused("delete", str(error.strerror or error)) from None
+            verb = "delete" if kind == _DELETE else "change"
+            raise _refused(verb, str(error.strerror or error)) from None
 
 
 def _refused(verb: str, reason: str) -> ApplyFailed:
+    stays = "UDP clients may stay with backends that are gone; " if verb != "change" else ""
     return ApplyFailed(
-        f"conntrack: the kernel does not {verb} entries: {reason}: UDP clients may stay with "
-        "backends that are gone; check for CAP_NET_ADMIN and the module nf_conntrack_netlink"
+        f"conntrack: the kernel does not {verb} entries: {reason}: {stays}"
+        "check for CAP_NET_ADMIN and the module nf_conntrack_netlink"
     )
 
 
@@ -185,6 +231,12 @@ def _filter(wanted: Stale) -> bytes:
     return body + nested(_FILTER, attribute(1, pack("=I", flags)) + attribute(2, bytes(4)))
 
 
+def _changed(handle: bytes, mark: int, mask: int) -> bytes:
+    """A request to give a flow other bits in its mark."""
+    parts = attribute(_MARK, mark.to_bytes(4, "big"))
+    return handle + parts + attribute(_MARK_MASK, mask.to_bytes(4, "big"))
+
+
 # ---- parsing
 
 
@@ -197,9 +249,6 @@ def _parsed(bodies: Iterable[bytes]) -> Iterator[Flow]:
             continue
         protocol, source, destination = ends
         status = int.from_bytes(parts[_STATUS], "big")
-        handle = body[:4] + nested(_ORIGINAL, parts[_ORIGINAL]) + attribute(_ID, parts[_ID])
-        if _ZONE in parts:
-            handle += attribute(_ZONE, parts[_ZONE])
         yield Flow(
             mark=int.from_bytes(parts.get(_MARK, b""), "big"),
             protocol=protocol,
@@ -207,9 +256,15 @@ def _parsed(bodies: Iterable[bytes]) -> Iterator[Flow]:
             destination=destination,
             backend=answers[1],
             bare=not status & _ANSWERED_OR_TRANSLATED,
-            handle=handle,
+            handle=_handle(body, parts),
             answered=bool(status & _ANSWERED),
         )
+
+
+def _handle(body: bytes, parts: Mapping[int, bytes]) -> bytes:
+    """What tells the kernel which entry this is."""
+    handle = body[:4] + nested(_ORIGINAL, parts[_ORIGINAL]) + attribute(_ID, parts[_ID])
+    return handle + attribute(_ZONE, parts[_ZONE]) if _ZONE in parts else handle
 
 
 def _ends(data: bytes) -> tuple[int, Endpoint, Endpoint] | None:

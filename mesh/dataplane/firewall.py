@@ -18,14 +18,15 @@ from mesh.dataplane.nfwatch import Watch
 from mesh.errors import CommandFailed
 from mesh.model.address import FAMILIES, Family
 from mesh.model.report import Problem
-from mesh.rules import marks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_RULE: Final = (
-    f"-m connmark --mark {marks.OURS:#x}/{marks.OURS:#x} -m comment --comment warren-mesh -j ACCEPT"
-)
+    from mesh.rules.marks import Layout
+
+_OURS: Final = "-m comment --comment warren-mesh -j ACCEPT"
+"""How our line ends, whatever bit it began with."""
+
 _NFPROTO: Final = {Family.V4: 2, Family.V6: 10}
 _NAMES: Final = {
     Family.V4: "/proc/thread-self/net/ip_tables_names",
@@ -49,32 +50,46 @@ class Table:
         return f"{_PROGRAM[self.family]}-{self.flavour}"
 
 
-def missing(listed: str) -> bool:
+def missing(listed: str, layout: Layout) -> bool:
     """Whether FORWARD, as `iptables -S FORWARD` lists it, may drop and does not begin with our
-    line.  Pure.
+    line, or has another one of ours.  Pure.
     """
     policy, *rules = (line.replace('"', "") for line in listed.splitlines() if line[:1] == "-")
-    others = [rule for rule in rules if rule != f"-A FORWARD {_RULE}"]
-    if not others and policy.endswith("ACCEPT"):
-        return False
-    return rules[:1] != [f"-A FORWARD {_RULE}"]
+    ours = [f"-A FORWARD {rule}" for rule in _present(listed)]
+    if len(ours) == len(rules) and policy.endswith("ACCEPT"):
+        return ours not in ([], [f"-A FORWARD {_rule(layout)}"])
+    return ours != [f"-A FORWARD {_rule(layout)}"] or rules[:1] != ours
 
 
-def change(listed: str) -> str:
+def change(listed: str, layout: Layout) -> str:
     """What `iptables-restore --noflush` does about it: our line, once, at the top.  Pure."""
-    present = sum(f"-A FORWARD {_RULE}" == line.replace('"', "") for line in listed.splitlines())
-    old = f"-D FORWARD {_RULE}\n" * present
-    return f"*filter\n{old}-I FORWARD 1 {_RULE}\nCOMMIT\n"
+    old = "".join(f"-D FORWARD {rule}\n" for rule in _present(listed))
+    return f"*filter\n{old}-I FORWARD 1 {_rule(layout)}\nCOMMIT\n"
+
+
+def _rule(layout: Layout) -> str:
+    return f"-m connmark --mark {layout.ours:#x}/{layout.ours:#x} {_OURS}"
+
+
+def _present(listed: str) -> list[str]:
+    """Our lines in FORWARD: also of before the layout changed."""
+    lines = (line.replace('"', "") for line in listed.splitlines())
+    return [
+        line.removeprefix("-A FORWARD ")
+        for line in lines
+        if line.startswith("-A FORWARD -m connmark ") and line.endswith(_OURS)
+    ]
 
 
 class Firewall:
     """Keeps our line in place.
 
-    `ignored` is the port id of the socket whose changes are ours; `own` the flavour of iptables
-    that drives our rules, which accept by themselves there.
+    `layout` says what our flows carry; `ignored` is the port id of the socket whose changes are
+    ours; `own` the flavour of iptables that drives our rules, which accept by themselves there.
     """
 
-    def __init__(self, ignored: int, own: str = "") -> None:
+    def __init__(self, layout: Layout, ignored: int, own: str = "") -> None:
+        self._layout = layout
         self._own = own
         self._socket = Socket()
         self._watch = Watch(ignored=ignored)
@@ -88,7 +103,7 @@ class Firewall:
         for table in in_use:
             if table.flavour == "legacy" or changed or table not in self._seen:
                 try:
-                    await _accept(table)
+                    await _accept(table, self._layout)
                 except CommandFailed as error:
                     problems.append(
                         Problem(about=f"firewall {table.program} FORWARD", message=str(error))
@@ -100,9 +115,8 @@ class Firewall:
         """Take our line out of every table."""
         for table in self._in_use():
             listed = await command.run(table.program, "-w", "-S", "FORWARD")
-            for line in listed.splitlines():
-                if line.replace('"', "") == f"-A FORWARD {_RULE}":
-                    await command.run(table.program, "-w", "-D", "FORWARD", *_RULE.split())
+            for rule in _present(listed):
+                await command.run(table.program, "-w", "-D", "FORWARD", *rule.split())
 
     def close(self) -> None:
         """Release the sockets."""
@@ -128,8 +142,9 @@ class Firewall:
                 yield Table("legacy", family)
 
 
-async def _accept(table: Table) -> None:
+async def _accept(table: Table, layout: Layout) -> None:
     listed = await command.run(table.program, "-w", "-S", "FORWARD")
-    if missing(listed):
-        await command.run(f"{table.program}-restore", "--noflush", "-w", input=change(listed))
+    if missing(listed, layout):
+        text = change(listed, layout)
+        await command.run(f"{table.program}-restore", "--noflush", "-w", input=text)
         log.warning("firewall=%s FORWARD may drop: accepting our flows at its top", table.program)

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.dataplane import command, host, nfmessages
 from mesh.dataplane.firewall import Table
 from mesh.dataplane.nfnetlink import Socket
+from mesh.errors import HostNotReady
 from mesh.model.address import FAMILIES, Family
 from mesh.model.link import PROTOCOL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from mesh.rules.marks import Layout
 
 _PROGRAMS: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
 _AF: Final = {Family.V4: 2, Family.V6: 10}
 _XMARK: Final = re.compile(r"-j (MARK|CONNMARK) --set-xmark 0x([0-9a-f]+)/0x([0-9a-f]+)")
 _SET: Final = re.compile(r"\b(meta|ct) mark set\b")
 _OURS: Final = ("MESH-", "warren-mesh")
+_WORD: Final = 0xFFFFFFFF
 _COMPATIBLE: Final = frozenset(("raw", "mangle", "nat", "filter", "security"))
 """Tables of the families ip and ip6 that iptables-nft prints in its own words."""
 
@@ -68,6 +72,18 @@ class RoutingRule(NamedTuple):
     priority: int
     mark: int
     mask: int
+
+    def __str__(self) -> str:
+        mask = "" if self.mask == _WORD else f"/{self.mask:#x}"
+        return f"IPv{self.family.value} rule {self.priority} (fwmark {self.mark:#x}{mask})"
+
+    def is_about(self, bits: int) -> bool:
+        """Whether it looks at these bits of packet marks.
+
+        A mask says which bits are somebody's, whatever they are to be.  A rule without one compares
+        whole marks; it is about those that it wants set.
+        """
+        return bool((self.mark if self.mask == _WORD else self.mask) & bits)
 
 
 async def saved() -> dict[Table, str]:
@@ -171,6 +187,24 @@ async def nft_markings() -> list[Marking]:
             name = "MARK" if kind[1] == "meta" else "CONNMARK"
             found.append(Marking(f"nft table {table}", name, 0xFFFFFFFF, line.strip()))
     return found
+
+
+def check_marks(layout: Layout, rules: Iterable[RoutingRule], tunnels: Mapping[str, int]) -> None:
+    """Raise HostNotReady if packets are marked in the mesh's field for somebody's routing rules, or
+    by WireGuard devices (their names and marks).  Pure.
+    """
+    field = layout.packet_mark
+    users = [str(rule) for rule in rules if rule.is_about(field)]
+    users += [
+        f"WireGuard device {device} (fwmark {mark:#x})"
+        for device, mark in tunnels.items()
+        if mark & field
+    ]
+    if users:
+        raise HostNotReady(
+            f"packet_mark 0x{field:08x} overlaps {users[0]}: choose 12 other bits in "
+            "[marks] of agent.toml, or remove that"
+        )
 
 
 async def routing_rules() -> list[RoutingRule]:

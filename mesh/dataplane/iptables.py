@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from mesh.dataplane.protocol import ElementDelta
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
     from mesh.rules.xtables import Chains, Rules, Saved
     from mesh.rules.xtables_image import Stage, Step
@@ -68,6 +69,7 @@ class IptablesDriver:
     def __init__(self, parameters: Parameters, flavour: Flavour) -> None:
         self.name = f"iptables-{flavour}"
         self._flavour = flavour
+        self._layout = parameters.layout
         self._program = {family: xtables.program(parameters, family) for family in FAMILIES}
         self._version = {f: xtables.version(tables) for f, tables in self._program.items()}
         self._bridge = program.build(parameters).bridge
@@ -224,6 +226,11 @@ class IptablesDriver:
         saved = await command.run(f"{_IP[Family.V4]}-{self._flavour}-save")
         return ":MESH-" in saved
 
+    async def layout(self) -> Layout | None:
+        """How the chains that are there keep marks; None if that cannot be told."""
+        saved = await command.run(f"{_IP[Family.V4]}-{self._flavour}-save")
+        return xtables_intact.layout(xtables.parse(saved))
+
     async def remove(self) -> None:
         """Delete our chains, sets and bridge table, and nobody else's.
 
@@ -256,7 +263,7 @@ class IptablesDriver:
             command.run(f"{_IP[family]}-{self._flavour}-save") for family in FAMILIES
         )
         entries = await command.run("ipset", "save")
-        return await asyncio.to_thread(_parsed, texts, entries)
+        return await asyncio.to_thread(_parsed, texts, entries, self._layout)
 
     def _is_intact(self, family: Family, found: _Found) -> bool:
         """Whether the chains of a family are as we left them."""
@@ -265,10 +272,14 @@ class IptablesDriver:
     def _differences(self, family: Family, found: _Found) -> Iterator[Problem]:
         return xtables_intact.differences(
             f"{_IP[family]}-{self._flavour}",
-            xtables_intact.Program(self._version[family], self._program[family]),
+            self._whole(family),
             found.tables[family],
             found.image.chains(family),
         )
+
+    def _whole(self, family: Family) -> xtables_intact.Program:
+        version, tables = self._version[family], self._program[family]
+        return xtables_intact.Program(version, tables, self._layout)
 
     async def _load(self, family: Family, found: _Found) -> None:
         """Write every chain of ours, then what they look like to iptables-save."""
@@ -285,7 +296,7 @@ class IptablesDriver:
         written = xtables.parse(await command.run(f"{_IP[family]}-{self._flavour}-save"))
         text = ""
         for table, static in self._program[family].items():
-            told = xtables_intact.told(self._version[family], static, written[table])
+            told = xtables_intact.told(self._whole(family), static, written[table])
             rules: Chains = {xtables.CANARY: (f"-m comment --comment {told}",)}
             text += xtables.restore(table, Delta({}, rules))
         await self._restore(family, text)
@@ -347,10 +358,10 @@ async def _together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
     return await asyncio.gather(*work)
 
 
-def _parsed(texts: Iterable[str], entries: str) -> _Found:
+def _parsed(texts: Iterable[str], entries: str, layout: Layout) -> _Found:
     tables = {f: xtables.parse(text) for f, text in zip(FAMILIES, texts, strict=True)}
-    found, names = ipsets.parse(entries)
-    return _Found(tables, names, Image.parse(tables, found))
+    found, names = ipsets.parse(entries, layout)
+    return _Found(tables, names, Image.parse(tables, found, layout))
 
 
 def _bridge_gone() -> Iterator[Problem]:

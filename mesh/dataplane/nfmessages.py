@@ -162,9 +162,9 @@ def _chunks(
     ]
 
 
-def delete_table(family: int) -> Message:
-    """The message that deletes our table in one family."""
-    return Message(_DELTABLE, 0, generic(family) + text(1, TABLE))
+def delete_table(family: int, name: str = TABLE) -> Message:
+    """The message that deletes a table of ours in one family."""
+    return Message(_DELTABLE, 0, generic(family) + text(1, name))
 
 
 def read_elements(socket: Socket, names: Iterable[str]) -> Elements:

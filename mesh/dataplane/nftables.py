@@ -18,7 +18,7 @@ from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
 from mesh.dataplane.protocol import Examined
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
-from mesh.rules import elements, nft, nft_intact, program
+from mesh.rules import elements, marks, nft, nft_intact, program
 from mesh.rules.nft_intact import Loaded, Seen
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class NftablesDriver:
     chunk = 200  # about 2 600 elements, 10 ms
 
     def __init__(self, parameters: Parameters) -> None:
+        self._layout = parameters.layout
         self._program = program.build(parameters)
         self._socket = Socket()
         self._sizes: frozenset[int] = frozenset()
@@ -70,7 +72,7 @@ class NftablesDriver:
             if loaded.schema != self._program.schema:
                 await self._create()
             elif (loaded.version, loaded.witness) != (self._program.version, witness):
-                await self._replace((sizes | self._in_use()) - program.STATIC_SIZES)
+                await self._replace((sizes | self._in_use()) - program.static_sizes(self._layout))
             else:
                 self._sizes = sizes
                 _log.info("nftables program=adopted version=%x", self._program.version)
@@ -79,7 +81,8 @@ class NftablesDriver:
         await self._load(_RECREATE + self._program.inet, "created", frozenset())
 
     async def _replace(self, extra: frozenset[int]) -> None:
-        text = _UPGRADE + self._program.inet + program.size_chains(extra) + self._stale(extra)
+        more = program.size_chains(extra, self._layout)
+        text = _UPGRADE + self._program.inet + more + self._stale(extra)
         try:
             await self._load(text, "replaced", extra)
         except CommandFailed as error:
@@ -96,13 +99,14 @@ class NftablesDriver:
         except CommandFailed as error:
             text = "nftables table=bridge error=%r replicas on one bridge cannot reach each other"
             _log.warning(text, str(error))
-        self._sizes = program.STATIC_SIZES | extra
+        self._sizes = program.static_sizes(self._layout) | extra
         self._write_witness(before + transactions)
         _log.info("nftables program=%s version=%x", how, self._program.version)
 
     def _stale(self, extra: Iterable[int]) -> str:
         """Deletes chains of ours that the program does not have; the flush leaves them empty."""
-        wanted = self._program.chains | {program.chain(size) for size in extra}
+        more = {program.chain(size, self._layout) for size in extra}
+        wanted = self._program.chains | more
         foreign = sorted(nfmessages.chains(self._socket, INET).keys() - wanted)
         return "".join(
             f"delete chain inet mesh {name}\n" for name in foreign if name.isidentifier()
@@ -126,7 +130,8 @@ class NftablesDriver:
     def _in_use(self) -> frozenset[int]:
         """The pool sizes that frontends need, whatever became of their dispatch."""
         with contextlib.suppress(FileNotFoundError):
-            return nft.sizes(nfmessages.read_elements(self._socket, elements.FRONTENDS))
+            held = nfmessages.read_elements(self._socket, elements.FRONTENDS)
+            return nft.sizes(held, self._layout)
         return frozenset()
 
     def _witness(self) -> int | None:
@@ -194,7 +199,7 @@ class NftablesDriver:
         read the old mark on another processor would not find them, and be lost.
         """
         async with self._lock:
-            missing = nft.sizes(delta.add) - self._sizes
+            missing = nft.sizes(delta.add, self._layout) - self._sizes
             if missing:
                 await self._add_sizes(missing)
             if len(delta) <= _IN_LOOP:
@@ -224,7 +229,7 @@ class NftablesDriver:
         before = nfmessages.generation(self._socket)
         intact = self._loaded().witness == self._witness()
         try:
-            await command.run("nft", "-f", "-", input=program.size_chains(sizes))
+            await command.run("nft", "-f", "-", input=program.size_chains(sizes, self._layout))
         except CommandFailed as error:
             raise ApplyFailed(f"pool sizes {sorted(sizes)}: {error}") from error
         self._sizes |= sizes
@@ -270,6 +275,23 @@ class NftablesDriver:
 
 def _hex(number: int | None) -> str | None:
     return None if number is None else f"{number:#x}"
+
+
+def layout(netlink: Socket) -> Layout | None:
+    """How the program on this host keeps marks; None if there is none, or it cannot be told."""
+    try:
+        found = nfmessages.read_elements(netlink, ["fingerprint"])
+    except OSError:
+        return None
+    keys = (elements.mark_bytes(key) for key in (0, *program.LAYOUT_KEYS))
+    parts = [found.get(("fingerprint", key)) for key in keys]
+    match [elements.mark_of(part) for part in parts if part]:
+        case [_]:
+            return marks.DEFAULT
+        case [_, packet_mark, ct_mark]:
+            with contextlib.suppress(ValueError):
+                return marks.Layout.of(packet_mark, ct_mark)
+    return None
 
 
 async def _readable(descriptor: int) -> None:

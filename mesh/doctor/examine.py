@@ -11,6 +11,7 @@ from mesh.dataplane.link import LinkDriver
 from mesh.doctor import check, foreign, host, rules
 from mesh.errors import HostNotReady, MeshError
 from mesh.model.link import Device
+from mesh.wg import device
 
 if TYPE_CHECKING:
     from mesh.doctor.check import Check
@@ -21,7 +22,7 @@ async def of_host(subject: Subject) -> list[Check]:
     """What can be told of this host, with or without what etcd knows of it."""
     name, found = await _of_backend(subject)
     devices, network = await _of_network(subject)
-    running = subject.names.steering in devices
+    running, layout = subject.names.steering in devices, subject.config.marks.layout
     return [
         *host.of_rights(),
         *found,
@@ -29,8 +30,8 @@ async def of_host(subject: Subject) -> list[Check]:
         *network,
         *await host.of_settings(subject, name, running=running),
         *await foreign.of_firewalls(subject, name, running=running),
-        *await foreign.of_marks(),
-        *foreign.of_routing(await others.routing_rules()),
+        *await foreign.of_marks(layout),
+        *foreign.of_routing(layout, await others.routing_rules(), await device.fwmarks()),
         *foreign.of_ports(subject, devices),
     ]
 

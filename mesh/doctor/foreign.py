@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mesh.dataplane import firewall, foreign, host
 from mesh.doctor import check
 from mesh.doctor.check import AS_ROOT
 from mesh.errors import CommandFailed, HostNotReady
-from mesh.rules import marks
 from mesh.wg import links
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from mesh.dataplane.firewall import Table
     from mesh.dataplane.foreign import Chain, Filter, Marking, RoutingRule
     from mesh.doctor.check import Check
     from mesh.doctor.subject import Subject
+    from mesh.rules.marks import Layout
 
-_MARK_FIELD: Final = f"{marks.NODE_MASK:#x}"
-_ACCEPT: Final = f"-m connmark --mark {marks.OURS:#x}/{marks.OURS:#x} -j ACCEPT"
+
+def _ours(subject: Subject) -> str:
+    """The mark of our flows, as connmark takes it."""
+    ours = subject.config.marks.layout.ours
+    return f"{ours:#x}/{ours:#x}"
+
+
+def _accept(subject: Subject) -> str:
+    return f"-m connmark --mark {_ours(subject)} -j ACCEPT"
 
 
 async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list[Check]:
@@ -31,20 +38,23 @@ async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list
             rules = foreign.filters(text)
             if rules is not None:
                 own = f"iptables-{table.flavour}" == backend
-                found += _of_forward(table, rules, own=own, running=running)
+                found += _of_forward(subject, table, rules, own=own, running=running)
                 found += _of_input(subject, table, rules)
-        found += _of_chains(await foreign.chains())
+        found += _of_chains(subject, await foreign.chains())
     except CommandFailed as error:
         return [check.warn("firewall", f"not read: {error}", AS_ROOT)]
     return found or [check.ok("firewall", "nobody's FORWARD or INPUT drops by default")]
 
 
-def _of_forward(table: Table, rules: Filter, *, own: bool, running: bool) -> Iterator[Check]:
+def _of_forward(
+    subject: Subject, table: Table, rules: Filter, *, own: bool, running: bool
+) -> Iterator[Check]:
     """A table of the flavour that drives our rules accepts our flows by itself: `own`."""
     drops = rules.policies.get("FORWARD") == "DROP"
     evidence = f"{table.program} FORWARD has {'policy DROP' if drops else 'rules of others'}"
     lacking = not own and "FORWARD" in rules.policies
-    if not lacking or not firewall.missing(rules.listed("FORWARD")):
+    layout = subject.config.marks.layout
+    if not lacking or not firewall.missing(rules.listed("FORWARD"), layout):
         if drops:
             yield check.ok("firewall", f"{evidence}, and accepts the mesh's flows first")
     elif not running:
@@ -52,7 +62,7 @@ def _of_forward(table: Table, rules: Filter, *, own: bool, running: bool) -> Ite
         yield check.ok("firewall", text)
     else:
         status = check.fail if drops else check.warn
-        fix = f"see the agent's log, or run `{table.program} -I FORWARD 1 {_ACCEPT}`"
+        fix = f"see the agent's log, or run `{table.program} -I FORWARD 1 {_accept(subject)}`"
         yield status("firewall", f"{evidence}, and does not begin with the mesh's line", fix)
 
 
@@ -64,7 +74,7 @@ def _of_input(subject: Subject, table: Table, rules: Filter) -> Iterator[Check]:
     wanted = {
         f"--dport {wireguard} ": f"-p udp --dport {wireguard} -j ACCEPT",
         f"--dport {steering} ": f"-i {subject.names.overlay} -p udp --dport {steering} -j ACCEPT",
-        f"{marks.OURS:#x}/{marks.OURS:#x}": _ACCEPT,
+        _ours(subject): _accept(subject),
     }
     every = "\n".join(rule for each in rules.rules.values() for rule in each)
     lacking = [line for words, line in wanted.items() if words not in every]
@@ -84,18 +94,19 @@ def _is_broad(rule: str) -> bool:
     return not any(word in rule for word in narrow) and "MESH-" not in rule
 
 
-def _of_chains(chains: list[Chain]) -> Iterator[Check]:
+def _of_chains(subject: Subject, chains: list[Chain]) -> Iterator[Check]:
     """An accept of ours is final in our table alone."""
+    ours = subject.config.marks.layout.ours
     for chain in chains:
         if chain.hook in ("forward", "input") and chain.policy == "drop":
             text = f"nft table {chain.table}, chain {chain.name} has policy drop"
-            fix = f"accept `ct mark & {marks.OURS:#x} == {marks.OURS:#x}` there"
+            fix = f"accept `ct mark & {ours:#x} == {ours:#x}` there"
             if chain.hook == "input":
                 fix += ", UDP for WireGuard and the steering device, and ICMPv6"
             yield check.warn("firewall", text, fix)
 
 
-async def of_marks() -> list[Check]:
+async def of_marks(layout: Layout) -> list[Check]:
     """Whether somebody else writes the marks that the mesh uses."""
     found: list[Marking] = []
     try:
@@ -104,35 +115,39 @@ async def of_marks() -> list[Check]:
         found += await foreign.nft_markings()
     except CommandFailed as error:
         return [check.warn("marks", f"not read: {error}", AS_ROOT)]
-    taken = [each for each in found if _is_in_the_way(each)]
+    taken = [each for each in found if _is_in_the_way(each, layout)]
     if not taken:
         return [check.ok("marks", "nobody else writes the bits of the mesh")]
     more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
     fix = (
-        f"keep it out of packet mark bits {_MARK_FIELD}, and away from flows whose ct mark has "
-        f"{marks.OURS:#x}"
+        f"keep it out of packet mark bits {layout.packet_mark:#x} and ct mark bits "
+        f"{layout.ct_mark:#x}, or choose others in [marks] of agent.toml"
     )
     return [check.warn("marks", f"{taken[0].where}: {taken[0].rule}{more}", fix)]
 
 
-def _is_in_the_way(each: Marking) -> bool:
-    """A flow's mark is ours as a whole; of the packet's, one field."""
-    return bool(each.bits & marks.NODE_MASK) or (each.kind == "CONNMARK" and each.bits != 0)
+def _is_in_the_way(each: Marking, layout: Layout) -> bool:
+    return bool(each.bits & (layout.ct_mark if each.kind == "CONNMARK" else layout.packet_mark))
 
 
-def of_routing(rules: list[RoutingRule]) -> Iterator[Check]:
-    """Whether somebody's routing rules stand between ours or look at our bits."""
+def of_routing(
+    layout: Layout, rules: list[RoutingRule], tunnels: Mapping[str, int]
+) -> Iterator[Check]:
+    """Whether somebody's routing rules stand between ours, or he marks packets with our bits, for
+    routing rules or by WireGuard devices: with these no agent begins.
+    """
     ours = range(links.RULE_SKIP, links.RULE_END + 1)
     between = [rule for rule in rules if rule.priority in ours]
-    looking = [rule for rule in rules if rule.mask & marks.NODE_MASK]
-    for rule in [*between, *looking][:1]:
-        text = (
-            f"IPv{rule.family.value} rule {rule.priority} fwmark {rule.mark:#x}/{rule.mask:#x} "
-            "of somebody else"
-        )
-        fix = f"move it out of priorities {ours[0]}-{ours[-1]} and packet mark bits {_MARK_FIELD}"
-        yield check.warn("routing", text, fix)
-    if not between and not looking:
+    for rule in between[:1]:
+        fix = f"move it out of priorities {ours[0]}-{ours[-1]}"
+        yield check.warn("routing", f"{rule} of somebody else is between the mesh's", fix)
+    try:
+        foreign.check_marks(layout, rules, tunnels)
+    except HostNotReady as error:
+        reason, _, fix = str(error).partition(": ")
+        yield check.fail("routing", reason, fix)
+        return
+    if not between:
         yield check.ok("routing", "nobody's routing rules touch ours")
 
 

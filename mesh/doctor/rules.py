@@ -109,10 +109,14 @@ def _sample(parameters: Parameters) -> Elements:
     replicas = (Backend("192.0.2.1", 80), Backend("192.0.2.2", 80), Backend("2001:db8::1", 80))
     port = (Frontend(Scope.INGRESS, None, Protocol.TCP, 80),)
     other = (Frontend(Scope.NODE, None, Protocol.UDP, 80),)
-    ids = Ids()
+    ids = Ids(parameters.layout)
     found = nft.lower(Forwarding("random", port, replicas, allow=("192.0.2.0/24",)), ids)
     found |= nft.lower(Forwarding("affine", other, replicas, Affinity.CLIENT_IP), ids)
-    return found | nft.lower_peer(parameters.network) | nft.lower_nodes(["192.0.2.1"])
+    return (
+        found
+        | nft.lower_peer(parameters.network, parameters.layout)
+        | nft.lower_nodes(["192.0.2.1"])
+    )
 
 
 async def _remedy(name: str) -> str:

@@ -82,7 +82,7 @@ class Subject:
         network = self.known.network if self.known is not None else None
         network = network or self.cluster.network(1)
         devices = Devices(*self.names, network.bridge_mac)
-        return Parameters.of(self.cluster, network.number, devices)
+        return Parameters.of(self.cluster, network.number, devices, self.config.marks.layout)
 
 
 def known(snapshot: Snapshot, keys: Keys, node: str) -> Known:

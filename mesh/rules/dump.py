@@ -12,7 +12,8 @@ import msgspec
 
 from mesh.model.address import parse_address, parse_prefix
 from mesh.model.cluster import NODE_NUMBERS, NodeNetwork
-from mesh.rules import elements, marks, nft, program
+from mesh.rules import elements, nft, program
+from mesh.rules.marks import DEFAULT, Layout
 from mesh.rules.program import Devices, Parameters
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Program(
     prefixes: tuple[tuple[str, ...], tuple[str, ...]]
     vips: tuple[tuple[str, ...], tuple[str, ...]]
     closed: tuple[tuple[str, ...], tuple[str, ...]]
+    packet_mark: int = DEFAULT.packet_mark
+    ct_mark: int = DEFAULT.ct_mark
 
     def __post_init__(self) -> None:
         if self.number not in NODE_NUMBERS:
@@ -80,13 +83,17 @@ class Program(
                 "prefixes": parameters.prefixes,
                 "vips": parameters.vips,
                 "closed": parameters.closed,
+                "packetMark": parameters.layout.packet_mark,
+                "ctMark": parameters.layout.ct_mark,
             },
             Program,
         )
 
     @property
     def parameters(self) -> Parameters:
-        """What the program is made from.  Raises ValueError for a name nft might misread."""
+        """What the program is made from.  Raises ValueError for a name nft might misread, and for
+        marks that cannot be.
+        """
         return Parameters(
             devices=Devices(
                 self.overlay_device, self.steering_device, self.bridge, self.bridge_mac
@@ -96,6 +103,7 @@ class Program(
             prefixes=self.prefixes,
             vips=self.vips,
             closed=self.closed,
+            layout=Layout.of(self.packet_mark, self.ct_mark),
         )
 
 
@@ -190,8 +198,9 @@ def text(rules: Rules, owners: Iterable[str] | None = None) -> Iterator[str]:
     """The lines that `nft -f` accepts: the program and all owners, or only the given owners'."""
     if owners is None:
         yield from program.render(rules.parameters).splitlines()
-        more = nft.sizes(rules.elements) - program.STATIC_SIZES
-        yield from program.size_chains(more).splitlines()
+        layout = rules.parameters.layout
+        more = nft.sizes(rules.elements, layout) - program.static_sizes(layout)
+        yield from program.size_chains(more, layout).splitlines()
     for owner in sorted(rules.owners) if owners is None else owners:
         yield f"# {title(owner)}"
         for key, data in sorted(rules.owners[owner].items()):
@@ -203,33 +212,35 @@ def title(owner: str) -> str:
     return {NODES: "nodes of the mesh", UNKNOWN: "wanted by nobody"}.get(owner, f"service {owner}")
 
 
-def by_owner(held: Elements, desired: Mapping[str, Elements]) -> dict[str, Elements]:
+def by_owner(
+    held: Elements, desired: Mapping[str, Elements], layout: Layout
+) -> dict[str, Elements]:
     """What a kernel holds, by who wants the element or, where it differs, has the frontend id."""
     wanting = {key: owner for owner, owned in desired.items() for key in owned}
-    having = frontends(desired)
+    having = frontends(desired, layout)
     found: dict[str, Elements] = {}
     for key, data in held.items():
-        owner = wanting.get(key) or having.get(_frontend((key, data)) or 0) or UNKNOWN
+        owner = wanting.get(key) or having.get(_frontend((key, data), layout) or 0) or UNKNOWN
         found.setdefault(owner, {})[key] = data
     return found
 
 
-def frontends(owners: Mapping[str, Elements]) -> dict[int, str]:
+def frontends(owners: Mapping[str, Elements], layout: Layout) -> dict[int, str]:
     """Who each frontend id belongs to."""
     return {
         number: owner
         for owner, owned in owners.items()
         for element in owned.items()
-        if (number := _frontend(element)) is not None
+        if (number := _frontend(element, layout)) is not None
     }
 
 
-def _frontend(element: tuple[elements.ElementKey, bytes]) -> int | None:
+def _frontend(element: tuple[elements.ElementKey, bytes], layout: Layout) -> int | None:
     """The frontend id that an element is about."""
     (name, key), data = element
     if name in elements.FRONTENDS:
-        return marks.parse(elements.mark_of(data)).id
+        return layout.id_of(elements.mark_of(data))
     spec = elements.SETS[name]
     if spec.key[0] is elements.MARK:
-        return marks.parse(int(spec.key[0].show(key[:4]), 16)).id
+        return layout.id_of(int(spec.key[0].show(key[:4]), 16))
     return None

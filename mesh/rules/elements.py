@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Final
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import PROTOCOLS, Protocol
-from mesh.rules import marks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from mesh.rules.marks import Layout
 
 ElementKey = tuple[str, bytes]
 Elements = dict[ElementKey, bytes]
@@ -125,20 +126,21 @@ PREFIX_LENGTHS: Final = {family: range(0, family.bits + 1, 4) for family in FAMI
 """The lengths of prefixes that the program looks up, one after the other; others are cut."""
 
 
-def allow_key(bits: int, prefix: str) -> ElementKey:
-    """A range of an allow list: the frontend's id bits and the prefix's length, and the prefix.
+def allow_key(bits: int, prefix: str, layout: Layout) -> ElementKey:
+    """A range of an allow list: the frontend's id bits and, where pools have their size, the
+    prefix's length, and the prefix.
 
     Hashed: the kernel's interval sets copy themselves at every change, 17 ms at 10 000 ranges.
     """
     host, _, length = prefix.partition("/")
     name = f"allow{address.family_of(prefix).suffix}"
-    return name, mark_bytes(bits | int(length)) + address.packed(host)
+    return name, mark_bytes(bits | int(length) << layout.shift) + address.packed(host)
 
 
-def allow_range(key: ElementKey) -> tuple[int, str]:
+def allow_range(key: ElementKey, layout: Layout) -> tuple[int, str]:
     """The id bits and the prefix of such an element."""
     mark = mark_of(key[1][:4])
-    return mark & marks.ID_MASK, f"{address.unpacked(key[1][4:])}/{mark & marks.MAX_SLOTS}"
+    return mark & layout.id, f"{address.unpacked(key[1][4:])}/{layout.slots_of(mark)}"
 
 
 def ether_bytes(mac: str) -> bytes:

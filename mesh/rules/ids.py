@@ -1,4 +1,4 @@
-"""Frontend ids: which 18-bit number stands for which pool in conntrack marks.  Pure, mutable.
+"""Frontend ids: which number stands for which pool in conntrack marks.  Pure, mutable.
 
 Ids are local to a node.  A freed id rests until all others were used, so that flows which still
 carry it are gone before it means something else.
@@ -6,25 +6,33 @@ carry it are gone before it means something else.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mesh.errors import ApplyFailed
-from mesh.rules.marks import IDS
+from mesh.rules import marks
+
+if TYPE_CHECKING:
+    from mesh.rules.marks import Layout
 
 
 class Ids:
-    """The table of ids: one per pool key, handed out next-fit."""
+    """The table of ids: one per pool key, handed out next-fit, as many as `layout` has room for."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout = marks.DEFAULT) -> None:
+        self.layout = layout
         self._of: dict[str, int] = {}
         self._taken: dict[int, str] = {}
-        self._next = IDS.start
+        self._next = layout.ids.start
 
     def of(self, key: str) -> int:
         """The id of a pool, given on first use.  Raises ApplyFailed when all are taken."""
         known = self._of.get(key)
         if known is not None:
             return known
-        if len(self._taken) >= len(IDS):
-            raise ApplyFailed(f"{key}: all {len(IDS)} frontend ids are in use")
+        if len(self._taken) >= len(self.layout.ids):
+            raise ApplyFailed(
+                f"{key}: all {len(self.layout.ids)} frontend ids are in use{self._remedy()}"
+            )
         while self._next in self._taken:
             self._advance()
         chosen = self._next
@@ -39,7 +47,7 @@ class Ids:
 
     def adopt(self, key: str, number: int) -> bool:
         """Give `key` the id found in the kernel; False if either is taken."""
-        if number not in IDS or number in self._taken or key in self._of:
+        if number not in self.layout.ids or number in self._taken or key in self._of:
             return False
         self._of[key] = number
         self._taken[number] = key
@@ -55,4 +63,10 @@ class Ids:
             del self._taken[number]
 
     def _advance(self) -> None:
-        self._next = self._next + 1 if self._next + 1 < IDS.stop else IDS.start
+        ids = self.layout.ids
+        self._next = self._next + 1 if self._next + 1 < ids.stop else ids.start
+
+    def _remedy(self) -> str:
+        if not self.layout.foreign:
+            return ""
+        return f": give ct_mark (0x{self.layout.ct_mark:08x}) in agent.toml more bits"

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Final
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import PROTOCOLS, Protocol
-from mesh.rules import elements, marks
+from mesh.rules import elements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
 
 CANARY: Final = "mesh-canary"
 """A set with one entry: gone when somebody flushes or destroys sets."""
@@ -81,10 +82,10 @@ def create_allow(name: str) -> str:
     return f"create {name} hash:net family {family} maxelem 1048576"
 
 
-def allow_of(key: ElementKey) -> str:
+def allow_of(key: ElementKey, layout: Layout) -> str:
     """The ipset of an element of `allow4` or `allow6`."""
     family = Family(int(key[0][-1]))
-    return allow_name(family, elements.allow_range(key)[0])
+    return allow_name(family, elements.allow_range(key, layout)[0])
 
 
 def holds(key: ElementKey) -> bool:
@@ -92,43 +93,43 @@ def holds(key: ElementKey) -> bool:
     return key[0].startswith("allow") or key[0] in KEPT
 
 
-def is_prefix(key: ElementKey) -> bool:
+def is_prefix(key: ElementKey, layout: Layout) -> bool:
     """Whether an allow element is one that ipset can hold; others do not come from records."""
     try:
-        ipaddress.ip_network(elements.allow_range(key)[1])
+        ipaddress.ip_network(elements.allow_range(key, layout)[1])
     except ValueError:
         return False
     return True
 
 
-def additions(key: ElementKey, data: bytes) -> list[str]:
+def additions(key: ElementKey, data: bytes, layout: Layout) -> list[str]:
     """Commands that add an element, or change what it maps to."""
-    name, entries = _entries(key)
-    told = _mark(elements.mark_of(data)) if data else ""
+    name, entries = _entries(key, layout)
+    told = _mark(elements.mark_of(data), layout) if data else ""
     return [f"add {name} {entry}{told}" for entry in entries]
 
 
-def _mark(mark: int) -> str:
+def _mark(mark: int, layout: Layout) -> str:
     """With affinity the slot count makes room for a draw (xtables.rules), and is kept as a queue's
     number, which nothing reads.
     """
-    if not mark & marks.HASH:
+    if not mark & layout.hash:
         return f" skbmark 0x{mark:x}"
-    rest = 0xFFFFFFFF & ~marks.MAX_SLOTS
-    return f" skbmark 0x{mark & rest:x}/0x{rest:x} skbqueue {mark & marks.MAX_SLOTS}"
+    rest = 0xFFFFFFFF & ~layout.slots
+    return f" skbmark 0x{mark & rest:x}/0x{rest:x} skbqueue {layout.slots_of(mark)}"
 
 
-def removals(key: ElementKey) -> list[str]:
+def removals(key: ElementKey, layout: Layout) -> list[str]:
     """Commands that delete an element."""
-    name, entries = _entries(key)
+    name, entries = _entries(key, layout)
     return [f"del {name} {entry}" for entry in entries]
 
 
-def _entries(key: ElementKey) -> tuple[str, tuple[str, ...]]:
+def _entries(key: ElementKey, layout: Layout) -> tuple[str, tuple[str, ...]]:
     name, data = key
     family = Family(int(name[-1]))
     if name.startswith("allow"):
-        bits, prefix = elements.allow_range(key)
+        bits, prefix = elements.allow_range(key, layout)
         entries = _HALVES[family] if prefix == _ALL[family] else (prefix,)
         return allow_name(family, bits), entries
     width = family.bits // 8
@@ -142,7 +143,7 @@ def _entries(key: ElementKey) -> tuple[str, tuple[str, ...]]:
     return set_name(name), tuple(f"{host},{protocol}:{port}" for host in hosts)
 
 
-def parse(text: str) -> tuple[Elements, set[str]]:
+def parse(text: str, layout: Layout) -> tuple[Elements, set[str]]:
     """The elements in what `ipset save` printed, and the names of our sets."""
     found: Elements = {}
     names: set[str] = set()
@@ -155,12 +156,12 @@ def parse(text: str) -> tuple[Elements, set[str]]:
         elif name == CANARY:
             names.add(f"{CANARY} {words[0]}")
         elif allow := _ALLOW.fullmatch(name):
-            found[_allow_key(Family(int(allow[1])), int(allow[2], 16), words[0])] = b""
+            found[_allow_key(allow, words[0], layout)] = b""
         else:
-            _parse_entry(found, name[5:], words)
+            _parse_entry(found, name[5:], words, layout)
     for name in names:
         if allow := _ALLOW.fullmatch(name):
-            _join_halves(found, allow)
+            _join_halves(found, allow, layout)
     return found, names
 
 
@@ -169,22 +170,23 @@ def is_whole(names: set[str]) -> bool:
     return {*map(set_name, KEPT), CANARY, f"{CANARY} 127.0.0.1"} <= names
 
 
-def _allow_key(family: Family, bits: int, entry: str) -> ElementKey:
+def _allow_key(allow: re.Match[str], entry: str, layout: Layout) -> ElementKey:
     """The element of an entry; ipset shows a prefix of one address without a length."""
-    return elements.allow_key(bits, entry if "/" in entry else f"{entry}/{family.bits}")
+    prefix = entry if "/" in entry else f"{entry}/{Family(int(allow[1])).bits}"
+    return elements.allow_key(int(allow[2], 16), prefix, layout)
 
 
-def _join_halves(found: Elements, allow: re.Match[str]) -> None:
+def _join_halves(found: Elements, allow: re.Match[str], layout: Layout) -> None:
     """Two halves of a list are everything; one alone is a range like any other."""
     family, mark = Family(int(allow[1])), int(allow[2], 16)
-    halves = [elements.allow_key(mark, half) for half in _HALVES[family]]
+    halves = [elements.allow_key(mark, half, layout) for half in _HALVES[family]]
     if all(half in found for half in halves):
         for half in halves:
             del found[half]
-        found[elements.allow_key(mark, _ALL[family])] = b""
+        found[elements.allow_key(mark, _ALL[family], layout)] = b""
 
 
-def _parse_entry(found: Elements, name: str, words: list[str]) -> None:
+def _parse_entry(found: Elements, name: str, words: list[str], layout: Layout) -> None:
     host, _, port = words[0].partition(",")
     key = b"" if "/" in host else address.packed(host)
     if not port:
@@ -193,8 +195,9 @@ def _parse_entry(found: Elements, name: str, words: list[str]) -> None:
     protocol, _, number = port.partition(":")
     key += elements.proto_bytes(Protocol(protocol).number) + elements.port_bytes(int(number))
     options = dict(zip(words[1::2], words[2::2], strict=False))
-    mark = int(options.get("skbmark", "0").partition("/")[0], 16) + int(options.get("skbqueue", 0))
-    found[name, key] = elements.mark_bytes(mark)
+    mark = int(options.get("skbmark", "0").partition("/")[0], 16)
+    slots = int(options.get("skbqueue", 0)) << layout.shift
+    found[name, key] = elements.mark_bytes(mark + slots)
 
 
 def by_use(names: set[str]) -> list[str]:
@@ -206,10 +209,10 @@ def by_use(names: set[str]) -> list[str]:
     ]
 
 
-def sets_of(found: Mapping[ElementKey, bytes]) -> Iterator[str]:
+def sets_of(found: Mapping[ElementKey, bytes], layout: Layout) -> Iterator[str]:
     """The allow lists that some elements need: of ranges, and of marks that are limited."""
     for key in found:
         if key[0].startswith("allow"):
-            yield allow_of(key)
+            yield allow_of(key, layout)
         elif key[0] == "limited":
             yield from (allow_name(f, elements.mark_of(key[1])) for f in FAMILIES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family, family_of, packed
 from mesh.model.service import Affinity, Source
-from mesh.rules import elements, marks, slots
+from mesh.rules import elements, slots
 from mesh.rules.elements import port_bytes
 from mesh.rules.forwarding import Scope
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Backend, Forwarding, Frontend
     from mesh.rules.ids import Ids
+    from mesh.rules.marks import Layout
 
 _MAPS = {
     Scope.VIP: "vips",
@@ -52,7 +53,7 @@ _HAIRPINS: Final = {sets.family: sets.hairpin for sets in _SETS}
 
 def lower(forwarding: Forwarding, ids: Ids) -> Elements:
     """Everything the kernel must hold for one forwarding, in both families."""
-    number = ids.of(forwarding.key)
+    number, layout = ids.of(forwarding.key), ids.layout
     found: Elements = {}
     for sets in _SETS:
         family = sets.family
@@ -61,25 +62,25 @@ def lower(forwarding: Forwarding, ids: Ids) -> Elements:
         ]
         if frontends:
             backends = [b for b in forwarding.backends if family_of(b.address) is family]
-            mark, pool = _pool(forwarding, number, backends)
+            mark, pool = _pool(forwarding, number, backends, layout)
             _lower_frontends(found, sets, frontends, mark)
             targets = sets.targets
             for slot, (host, port, _) in zip(elements.SLOT_BYTES, pool, strict=False):
                 found[targets, mark + slot] = packed(host) + port_bytes(port)
     if forwarding.allow:
-        _lower_allow(found, forwarding, number)
+        _lower_allow(found, forwarding, number, layout)
     return found
 
 
 def _pool(
-    forwarding: Forwarding, number: int, backends: list[Backend]
+    forwarding: Forwarding, number: int, backends: list[Backend], layout: Layout
 ) -> tuple[bytes, list[Backend]]:
     """The mark of a pool's frontends in one family, and the backend in each of its slots."""
     affine = forwarding.affinity is Affinity.CLIENT_IP
     pool = slots.hashed(backends) if affine else slots.weighted(backends)
     stays = forwarding.source is Source.MASQUERADE
     hashed = affine and bool(pool)
-    return elements.mark_bytes(marks.frontend(number, len(pool), hashed, stays)), pool
+    return elements.mark_bytes(layout.frontend(number, len(pool), hashed, stays)), pool
 
 
 def _lower_frontends(found: Elements, sets: _Sets, frontends: list[Frontend], mark: bytes) -> None:
@@ -93,14 +94,14 @@ def _lower_frontends(found: Elements, sets: _Sets, frontends: list[Frontend], ma
         found[sets.maps[scope], key] = mark
 
 
-def _lower_allow(found: Elements, forwarding: Forwarding, number: int) -> None:
+def _lower_allow(found: Elements, forwarding: Forwarding, number: int, layout: Layout) -> None:
     """The allow list, in prefixes of the lengths that the program looks up."""
-    bits = marks.id_bits(number)
+    bits = layout.id_bits(number)
     found["limited", elements.mark_bytes(bits)] = b""
     for family in FAMILIES:
         for prefix in address.collapse(forwarding.allow, family):
             for part in address.cut(prefix, elements.PREFIX_LENGTHS[family]):
-                found[elements.allow_key(bits, part)] = b""
+                found[elements.allow_key(bits, part, layout)] = b""
 
 
 def lower_hairpins(addresses: Iterable[str]) -> Elements:
@@ -113,19 +114,20 @@ def lower_nodes(addresses: Iterable[str]) -> Elements:
     return {(f"nodes{family_of(a).suffix}", packed(a)): b"" for a in addresses}
 
 
-def lower_peer(network: NodeNetwork) -> Elements:
+def lower_peer(network: NodeNetwork, layout: Layout) -> Elements:
     """A peer that may send through the steering device, known by its MAC address."""
     ether = elements.ether_bytes(network.mac)
     return {
-        ("via", ether): elements.mark_bytes(marks.via(network.number)),
+        ("via", ether): elements.mark_bytes(layout.arrival(network.number)),
         ("zones", ether): elements.zone_bytes(network.number),
     }
 
 
-def sizes(delta: Elements) -> frozenset[int]:
+def sizes(delta: Elements, layout: Layout) -> frozenset[int]:
     """The slot counts, HASH bit included, that the frontends among `delta` dispatch on."""
+    mask = layout.size
     return frozenset(
-        elements.mark_of(data) & marks.SIZE_MASK
+        elements.mark_of(data) & mask
         for (name, _), data in delta.items()
         if name in elements.FRONTENDS
     )
@@ -140,7 +142,7 @@ def adopt(forwardings: Iterable[Forwarding], actual: Elements, ids: Ids) -> None
         for name, key in _frontend_keys(forwarding):
             data = actual.get((name, key))
             if data is not None and ids.adopt(
-                forwarding.key, marks.parse(elements.mark_of(data)).id
+                forwarding.key, ids.layout.id_of(elements.mark_of(data))
             ):
                 break
 

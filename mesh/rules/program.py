@@ -10,6 +10,7 @@ import hashlib
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from itertools import takewhile
 from string import Template
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mesh.model.cluster import Cluster, NodeNetwork
+    from mesh.rules.marks import Layout
 
-STATIC_SIZES: Final = frozenset(range(33)) | {marks.HASH | size for size in slots.HASH_SIZES}
+_STATIC_SIZES: Final = 32
 """Pool sizes dispatched on from the start.  More of them do not fit the 208 KB that a transaction
 may have in a user namespace (net.core.wmem_max); all 1023 would load in 108 ms (program.md 2)."""
 
 CLOSED: Final = (("127.0.0.0/8",), ("::1",))
 """Where published ports never answer by default: CVE-2020-8558 is what happens otherwise."""
+
+LAYOUT_KEYS: Final = (3, 4)
+"""Where `fingerprint` has packet_mark and ct_mark, if they are not the default."""
 
 _SEED: Final = 0x6D657368  # the same on every node: a client has one backend, wherever it comes in
 _IP: Final = {Family.V4: "ip", Family.V6: "ip6"}
@@ -53,9 +58,9 @@ class Devices(NamedTuple):
 class Parameters:
     """What the program says about one node; pairs hold v4, then v6.
 
-    `prefixes` is everything the mesh owns, `vips` the part that no host has, `closed` the local
-    addresses on which published ports do not answer.  Raises ValueError for a name nft might
-    misread.
+    `prefixes` is everything the mesh owns, `vips` the part that no host has, `layout` what it keeps
+    in marks, `closed` the local addresses on which published ports do not answer.  Raises
+    ValueError for a name nft might misread.
     """
 
     devices: Devices
@@ -63,6 +68,7 @@ class Parameters:
     steering_port: int
     prefixes: tuple[tuple[str, ...], ...]
     vips: tuple[tuple[str, ...], ...]
+    layout: Layout = marks.DEFAULT
     closed: tuple[tuple[str, ...], ...] = CLOSED
 
     def __post_init__(self) -> None:
@@ -73,7 +79,9 @@ class Parameters:
             raise ValueError(f"{self.devices.bridge_mac!r} is not a MAC address in lower case")
 
     @staticmethod
-    def of(cluster: Cluster, number: int, devices: Devices) -> Parameters:
+    def of(
+        cluster: Cluster, number: int, devices: Devices, layout: Layout = marks.DEFAULT
+    ) -> Parameters:
         """The parameters of node `number`.  Raises ValueError if the cluster has no such node."""
         return Parameters(
             devices=devices,
@@ -81,6 +89,7 @@ class Parameters:
             steering_port=cluster.steering_port,
             prefixes=tuple(cluster.prefixes(f) for f in FAMILIES),
             vips=tuple((cluster.vips(f),) for f in FAMILIES),
+            layout=layout,
         )
 
     def words(self, family: Family) -> dict[str, str]:
@@ -111,26 +120,52 @@ class Parameters:
             "own": f"{overlay}, {subnet}",
             "closed": ", ".join(self.closed[index]),
             "outside": " ".join(outside),
+            **_marks(self.layout),
         }
+
+
+def _marks(layout: Layout) -> dict[str, str]:
+    """What the words for bits of the marks mean."""
+    bits = {
+        "FIELD": layout.packet_mark,
+        "REST": 0xFFFFFFFF & ~layout.packet_mark,
+        "HOST": layout.foreign,
+        "ID": layout.id,
+        "SIZE": layout.size,
+        "OURS": layout.ours,
+        "VIA": layout.via,
+        "STAY": layout.stay,
+        "ARRIVAL": layout.ours | layout.via,
+        "DECIDED": layout.via | layout.stay,
+    }
+    kept = f"ct mark & 0x{layout.foreign:x} | " if layout.foreign else ""
+    return {word: f"0x{mask:x}" for word, mask in bits.items()} | {
+        "PLAIN": f"{kept}0x{layout.plain:x}"
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """The text for one node, and how a loaded copy of it is recognised.
 
-    `schema` changes when sets or hooks do, which only a new table can have; `version` changes with
-    any line.  Both are 32 bits of a SHA-256.
+    `schema` changes when sets, hooks or the layout of marks do, which only a new table can have;
+    `version` changes with any line.  Both are 32 bits of a SHA-256.
     """
 
     inet: str
     bridge: str
     schema: int
     version: int
+    layout: Layout
 
     @property
     def text(self) -> str:
         """Everything, as one file for `nft -f`."""
         return self.inet + self.bridge
+
+    def sized(self, sizes: frozenset[int]) -> str:
+        """`inet`, with a chain for each of these pool sizes too."""
+        return self.inet + size_chains(sizes - static_sizes(self.layout), self.layout)
 
     @property
     def chains(self) -> frozenset[str]:
@@ -145,61 +180,80 @@ def render(parameters: Parameters) -> str:
 
 def build(parameters: Parameters) -> Program:
     """The program of a node.  Loading it twice changes nothing; elements of services stay."""
+    layout = parameters.layout
     source = resources.files(__package__).joinpath("program.nft").read_text()
     lines = [line for line in source.splitlines() if line and line.lstrip()[0] != "#"]
+    if layout.foreign:
+        lines = [line.removeprefix("?") for line in lines]
+    else:
+        lines = [line for line in lines if line[0] != "?"]
     # A set of closed addresses may be empty, and nft refuses to add nothing.
     expanded = (each for each in _expanded(lines, parameters) if not each.endswith("{  }"))
     text = "".join(f"{line}\n" for line in expanded)
     inet, mark, bridge = text.partition("table bridge mesh\n")
-    inet += _size_elements(STATIC_SIZES)
+    inet += _size_elements(static_sizes(layout), layout)
     declarations = re.findall(r"^ +(?:set|map|type) .*", inet, re.MULTILINE)
+    told = ""
+    if layout != marks.DEFAULT:
+        declarations.append(str(layout))  # elements with marks of another one mean nothing
+        fields = zip(LAYOUT_KEYS, (layout.packet_mark, layout.ct_mark), strict=True)
+        told = "".join(f", {key} : 0x{mask:x}" for key, mask in fields)
     schema, version = _digest("\n".join(declarations)), _digest(text)
-    inet += f"add element inet mesh fingerprint {{ 0 : 0x{schema:x}, 1 : 0x{version:x} }}\n"
-    return Program(inet, mark + bridge, schema, version)
+    inet += f"add element inet mesh fingerprint {{ 0 : 0x{schema:x}, 1 : 0x{version:x}{told} }}\n"
+    return Program(inet, mark + bridge, schema, version, layout)
 
 
-def size_chains(sizes: Iterable[int]) -> str:
-    """The text that adds pool sizes (slot count, with marks.HASH or without) to the program."""
+@lru_cache(maxsize=8)
+def static_sizes(layout: Layout) -> frozenset[int]:
+    """Pool sizes dispatched on from the start, as `Layout.size` has them in marks."""
+    counts = frozenset(size << layout.shift for size in range(_STATIC_SIZES + 1))
+    return counts | {layout.hash | size << layout.shift for size in slots.HASH_SIZES}
+
+
+def size_chains(sizes: Iterable[int], layout: Layout) -> str:
+    """The text that adds pool sizes, as `Layout.size` has them in marks, to the program."""
     wanted = sorted(set(sizes) - {0})
     if not wanted:
         return ""
     fresh = "".join(
-        f"add chain inet mesh {chain(size)}\nflush chain inet mesh {chain(size)}\n"
-        for size in wanted
+        f"add chain inet mesh {name}\nflush chain inet mesh {name}\n"
+        for name in (chain(size, layout) for size in wanted)
     )
-    chains = "".join(f"{line}\n" for size in wanted for line in _size_chain(size))
-    return f"{fresh}table inet mesh {{\n{chains}}}\n{_size_elements(wanted)}"
+    chains = "".join(f"{line}\n" for size in wanted for line in _size_chain(size, layout))
+    return f"{fresh}table inet mesh {{\n{chains}}}\n{_size_elements(wanted, layout)}"
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def chain(size: int) -> str:
+def chain(size: int, layout: Layout) -> str:
     """The name of the chain that draws a slot among `size`."""
-    return f"{'hash' if size & marks.HASH else 'random'}_{size & marks.MAX_SLOTS}"
+    return f"{'hash' if size & layout.hash else 'random'}_{layout.slots_of(size)}"
 
 
-def _size_chain(size: int) -> Iterator[str]:
+def _size_chain(size: int, layout: Layout) -> Iterator[str]:
     """The chain that draws a slot among `size`; each protocol has to be matched for itself."""
-    slots_of = size & marks.MAX_SLOTS
-    yield f" chain {chain(size)} {{"
+    slots_of = layout.slots_of(size)
+    mark = f"ct mark & 0x{layout.ct_mark:x}" if layout.foreign else "ct mark"
+    yield f" chain {chain(size, layout)} {{"
     for protocol in ("tcp", "udp"):
         for family in FAMILIES:
             ip, end = _IP[family], family.suffix
             draw = f"numgen random mod {slots_of}"
-            if size & marks.HASH:
+            if size & layout.hash:
                 draw = f"jhash {ip} saddr mod {slots_of} seed 0x{_SEED:x}"
             yield (
                 f"  meta nfproto ipv{end} meta l4proto {protocol} "
-                f"dnat {ip} to ct mark . {draw} map @targets{end}"
+                f"dnat {ip} to {mark} . {draw} map @targets{end}"
             )
     yield " }"
 
 
-def _size_elements(sizes: Iterable[int]) -> str:
+def _size_elements(sizes: Iterable[int], layout: Layout) -> str:
     verdicts = ", ".join(
-        f"0x{size:x} : jump {chain(size)}" if size else "0 : goto refuse" for size in sorted(sizes)
+        f"0x{size:x} : jump {chain(size, layout)}" if size else "0 : goto refuse"
+        for size in sorted(sizes)
     )
     return f"add element inet mesh sizes {{ {verdicts} }}\n"
 
@@ -208,8 +262,8 @@ def _expanded(lines: Iterable[str], parameters: Parameters) -> Iterator[str]:
     rest = iter(lines)
     for line in rest:
         if line == " $SIZES":
-            for size in sorted(STATIC_SIZES - {0}):
-                yield from _size_chain(size)
+            for size in sorted(static_sizes(parameters.layout) - {0}):
+                yield from _size_chain(size, parameters.layout)
         elif line.startswith(" chain") and "$" in line:
             body = list(takewhile(lambda each: each != " }", rest))
             for family in FAMILIES:
@@ -222,20 +276,30 @@ def _expanded(lines: Iterable[str], parameters: Parameters) -> Iterator[str]:
 
 
 def _of_family(line: str, parameters: Parameters, family: Family) -> Iterator[str]:
-    """The line in one family: once, or for each prefix or length that it asks for."""
-    words, index = parameters.words(family), FAMILIES.index(family)
-    asked: list[dict[str, str]] = [{}]
-    if "$prefix" in line:
-        asked = [{"prefix": prefix} for prefix in parameters.prefixes[index]]
-    elif "$vip" in line:
-        asked = [{"vip": prefix} for prefix in parameters.vips[index]]
-    elif "$length" in line:
-        asked = list(_lengths(family))
-    for more in asked:
+    """The line in one family: once, or for each value of a word that it asks for."""
+    words = parameters.words(family)
+    for more in _asked(line, parameters, family):
         yield Template(line).substitute(words, **more)
 
 
-def _lengths(family: Family) -> Iterator[dict[str, str]]:
+def _asked(line: str, parameters: Parameters, family: Family) -> Iterable[dict[str, str]]:
+    """What the words of a line mean that stands more than once in a family."""
+    layout, index = parameters.layout, FAMILIES.index(family)
+    if "$prefix" in line:
+        return [{"prefix": prefix} for prefix in parameters.prefixes[index]]
+    if "$vip" in line:
+        return [{"vip": prefix} for prefix in parameters.vips[index]]
+    if "$length" in line:
+        return _lengths(family, layout)
+    if "$host" in line:
+        places = layout.waiting().items()
+        return [{"host": f"0x{bit:x}", "place": f"0x{place:x}"} for bit, place in places]
+    if "$bit" in line:
+        return [{"bit": f"0x{layout.node(1 << at):x}"} for at in range(marks.NODE_BITS)]
+    return [{}]
+
+
+def _lengths(family: Family, layout: Layout) -> Iterator[dict[str, str]]:
     """Each length as it stands in a key, and the source masked to it."""
     anywhere = "0.0.0.0" if family is Family.V4 else "::"
     for length in elements.PREFIX_LENGTHS[family]:
@@ -243,4 +307,4 @@ def _lengths(family: Family) -> Iterator[dict[str, str]]:
         if length < family.bits:
             mask = ipaddress.ip_network(f"{anywhere}/{length}").netmask
             source = f"({source} & {mask})"
-        yield {"length": f"0x{length:x}", "within": source}
+        yield {"length": f"0x{length << layout.shift:x}", "within": source}

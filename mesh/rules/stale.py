@@ -15,21 +15,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.publish import Protocol
-from mesh.rules import elements, marks
+from mesh.rules import elements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from mesh.delta import Delta
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
 
 Endpoint = tuple[bytes, int]
 """An address in network byte order, empty for any, and a port."""
 
 _TCP: Final = Protocol.TCP.number
 _UDP: Final = Protocol.UDP.number
-_UNTRANSLATED: Final = 0xFFFFFFFF & ~(marks.OURS | marks.STAY)
-"""What is zero in the mark of a flow that no frontend took: 0, or 0x90000 from a container."""
 
 
 class Flow(NamedTuple):
@@ -65,43 +64,49 @@ class _Served(NamedTuple):
     backends: frozenset[Endpoint]
 
 
-def after(delta: Delta[ElementKey, bytes], held: Callable[[int], Elements]) -> tuple[Stale, ...]:
+def after(
+    delta: Delta[ElementKey, bytes], held: Callable[[int], Elements], layout: Layout
+) -> tuple[Stale, ...]:
     """What to forget once `delta` is in force.  `held(id)` has the elements that there are now of a
     frontend id, with others of the same service or not; none if the id is free again.
     """
-    backends, frontends = _gone(delta)
+    backends, frontends = _gone(delta, layout)
     found: list[Stale] = []
     for bits in backends.keys() | frontends.keys():
-        now = _served(held(marks.parse(bits).id), bits)
+        now = _served(held(layout.id_of(bits)), bits, layout)
         closed = frontends.get(bits, set()) - now.frontends
         left = backends.get(bits, set()) - now.backends
-        mark = bits | marks.OURS
+        mark = bits | layout.ours
         if now.frontends and now.backends:
-            found += (Stale(mark, marks.FLOWS_MASK, destination=each) for each in sorted(closed))
-            found += (Stale(mark, marks.FLOWS_MASK, backend=each) for each in sorted(left))
+            found += (Stale(mark, layout.flows, destination=each) for each in sorted(closed))
+            found += (Stale(mark, layout.flows, backend=each) for each in sorted(left))
         elif closed or (left and now.frontends):
-            found.append(Stale(mark, marks.FLOWS_MASK))
-    found += (Stale(0, _UNTRANSLATED, destination=each, bare=True) for each in _opened(delta))
+            found.append(Stale(mark, layout.flows))
+    bare = Stale(0, layout.untranslated, bare=True)
+    found += (bare._replace(destination=each) for each in _opened(delta))
     return tuple(found)
 
 
-def among(flows: Iterable[Flow], held: Callable[[int], Elements]) -> Iterator[Flow]:
+def among(flows: Iterable[Flow], held: Callable[[int], Elements], layout: Layout) -> Iterator[Flow]:
     """Those of our UDP flows that nothing serves, whatever became of the change that left them."""
+    translated = layout.ours | layout.via
     known: dict[int, _Served] = {}
     for flow in flows:
-        bits = flow.mark & marks.ID_MASK
-        if flow.protocol != _UDP or flow.mark & (marks.OURS | marks.VIA) != marks.OURS or not bits:
+        bits = flow.mark & layout.id
+        if flow.protocol != _UDP or flow.mark & translated != layout.ours or not bits:
             continue
         now = known.get(bits)
         if now is None:
-            now = known[bits] = _served(held(marks.parse(bits).id), bits)
+            now = known[bits] = _served(held(layout.id_of(bits)), bits, layout)
         anywhere = (b"", flow.destination[1])
         published = flow.destination in now.frontends or anywhere in now.frontends
         if not published or flow.backend not in now.backends:
             yield flow
 
 
-def stranded(flows: Iterable[Flow], held: Callable[[int], Elements]) -> Iterator[Flow]:
+def stranded(
+    flows: Iterable[Flow], held: Callable[[int], Elements], layout: Layout
+) -> Iterator[Flow]:
     """TCP connections that were never answered, by a backend that left: they cannot drain.
 
     Forgotten, the next SYN of the same client goes to a backend that is there.  Kept, it would
@@ -109,11 +114,11 @@ def stranded(flows: Iterable[Flow], held: Callable[[int], Elements]) -> Iterator
     """
     known: dict[int, frozenset[Endpoint]] = {}
     for flow in flows:
-        bits = flow.mark & marks.ID_MASK
+        bits = flow.mark & layout.id
         if flow.answered or flow.protocol != _TCP or not bits:
             continue
         if bits not in known:
-            known[bits] = _served(held(marks.parse(bits).id), bits).backends
+            known[bits] = _served(held(layout.id_of(bits)), bits, layout).backends
         if flow.backend not in known[bits]:
             yield flow
 
@@ -136,7 +141,7 @@ def chosen(flows: Iterable[Flow], stale: Iterable[Stale]) -> Iterator[Flow]:
 
 
 def _gone(
-    delta: Delta[ElementKey, bytes],
+    delta: Delta[ElementKey, bytes], layout: Layout
 ) -> tuple[dict[int, set[Endpoint]], dict[int, set[Endpoint]]]:
     """By id bits: backends that lost a slot, and UDP frontends that changed."""
     slots: dict[bytes, set[bytes]] = {}
@@ -146,9 +151,9 @@ def _gone(
         if name in elements.TARGETS:
             slots.setdefault(key[:4], set()).add(data)
         elif name in elements.FRONTENDS and key[-8] == _UDP:
-            frontends.setdefault(_bits(data), set()).add(_frontend(key))
+            frontends.setdefault(_bits(data, layout), set()).add(_frontend(key))
     for mark, targets in slots.items():
-        backends.setdefault(_bits(mark), set()).update(map(_backend, targets))
+        backends.setdefault(_bits(mark, layout), set()).update(map(_backend, targets))
     return backends, frontends
 
 
@@ -160,30 +165,30 @@ def _opened(delta: Delta[ElementKey, bytes]) -> Iterator[Endpoint]:
             yield _frontend(key)
 
 
-def by_id(held: Elements) -> dict[int, Elements]:
+def by_id(held: Elements, layout: Layout) -> dict[int, Elements]:
     """Targets and frontends by their frontend id."""
     found: dict[int, Elements] = {}
     for (name, key), data in held.items():
         if name in elements.TARGETS or name in elements.FRONTENDS:
             mark = key[:4] if name in elements.TARGETS else data
-            found.setdefault(marks.parse(_bits(mark)).id, {})[name, key] = data
+            found.setdefault(layout.id_of(elements.mark_of(mark)), {})[name, key] = data
     return found
 
 
-def _served(held: Elements, bits: int) -> _Served:
+def _served(held: Elements, bits: int, layout: Layout) -> _Served:
     frontends: set[Endpoint] = set()
     backends: set[Endpoint] = set()
     for (name, key), data in held.items():
         if name in elements.TARGETS:
-            if _bits(key[:4]) == bits:
+            if _bits(key[:4], layout) == bits:
                 backends.add(_backend(data))
-        elif name in elements.FRONTENDS and key[-8] == _UDP and _bits(data) == bits:
+        elif name in elements.FRONTENDS and key[-8] == _UDP and _bits(data, layout) == bits:
             frontends.add(_frontend(key))
     return _Served(frozenset(frontends), frozenset(backends))
 
 
-def _bits(mark: bytes) -> int:
-    return elements.mark_of(mark) & marks.ID_MASK
+def _bits(mark: bytes, layout: Layout) -> int:
+    return elements.mark_of(mark) & layout.id
 
 
 def _frontend(key: bytes) -> Endpoint:

@@ -17,7 +17,6 @@ from mesh.model import address
 from mesh.model.address import FAMILIES
 from mesh.rules import (
     elements,
-    marks,
     nft,
     program,
     trace_program,
@@ -106,7 +105,7 @@ class Place:
         prefixes = self.parameters.prefixes[FAMILIES.index(family)]
         if not any(address.contains(prefix, host) for prefix in prefixes):
             return ""
-        steered = mark & marks.NODE_MASK == marks.NODE_MASK
+        steered = not ~mark & self.parameters.layout.packet_mark
         return devices.steering if steered else devices.overlay
 
 
@@ -202,8 +201,8 @@ class Trace:
 
 
 @lru_cache(maxsize=64)
-def _load(parameters: Parameters, extra: frozenset[int]) -> trace_program.Loaded:
-    return trace_program.load(program.build(parameters).inet + program.size_chains(extra))
+def _load(parameters: Parameters, sizes: frozenset[int]) -> trace_program.Loaded:
+    return trace_program.load(program.build(parameters).sized(sizes))
 
 
 def walk(packet: Packet, place: Place) -> Trace:
@@ -212,7 +211,7 @@ def walk(packet: Packet, place: Place) -> Trace:
     Raises ValueError for a packet that cannot be: two families, or a sender that is not there.
     """
     _check(packet, place)
-    loaded = _load(place.parameters, nft.sizes(place.elements) - program.STATIC_SIZES)
+    loaded = _load(place.parameters, nft.sizes(place.elements, place.parameters.layout))
     sets = trace_sets.Sets(place.elements, loaded)
     first = _Walk(packet, place, loaded, sets)
     ending = first.run()
@@ -264,7 +263,7 @@ def _shares(
     """Which part of all clients, or of all draws, each backend gets."""
     weights = Counter(range(draw.slots))
     if draw.hashed and place.by_iptables:
-        weights = xtables_pools.draws(draw.mark)
+        weights = xtables_pools.draws(draw.mark, place.parameters.layout)
     for target, of in slots.items():
         yield target, Fraction(sum(weights[slot] for slot in of), weights.total())
 
@@ -299,6 +298,7 @@ class _Walk:
             iif=place.device(packet.entry),
             ether=elements.ether_bytes(packet.ether),
             by_iptables=place.by_iptables,
+            layout=place.parameters.layout,
         )
 
     def run(self) -> Ending:
@@ -368,7 +368,7 @@ class _Walk:
         else:
             worth = bool(looks or outcome.set or outcome.verdict not in ("", "jump", "return"))
         if worth:
-            asked = "; ".join(map(trace_words.question, looks)) or trace_words.brief(rule, outcome)
+            asked = trace_words.questions(looks, self.flow) or trace_words.brief(rule, outcome)
             answered = trace_words.answer(chain, outcome, self.flow, self.place.owners)
             where = trace_words.chain(chain, self.flow)
             self.steps.append(Step(asked, where, answered, rule.text))
@@ -395,6 +395,6 @@ class _Walk:
         if flow.translated:
             return Ending(Verdict.FORWARDED, "", path, seen)
         reason = "nothing of the mesh has this address and port"
-        if flow.ct_mark & marks.VIA:
+        if flow.ct_mark & self.place.parameters.layout.via:
             reason = "it came through another node, and replies go back that way"
         return Ending(Verdict.PASSED, reason, path, seen)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
 from mesh.model.address import Family
-from mesh.rules import jhash, trace_sets, xtables_pools
+from mesh.rules import jhash, marks, trace_sets, xtables_pools
 from mesh.rules.trace_sets import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mesh.rules.marks import Layout
     from mesh.rules.trace_program import Rule
     from mesh.rules.trace_sets import Sets, Value
 
@@ -41,7 +42,8 @@ class Draw(NamedTuple):
 class Flow:
     """What the kernel knows of the packet; rules change it.
 
-    `slot` is the dice of numgen; `by_iptables` says whose hash of a client's address counts.
+    `slot` is the dice of numgen; `by_iptables` says whose hash of a client's address counts, and
+    `layout` what marks mean.
     """
 
     family: Family
@@ -60,6 +62,7 @@ class Flow:
     translated: bool = False
     draw: Draw | None = None
     by_iptables: bool = False
+    layout: Layout = marks.DEFAULT
 
 
 class Look(NamedTuple):
@@ -199,7 +202,7 @@ class _Reader:
             value = int(word, 0)
         else:
             value = _SELECT[word, self.words.pop()](self.flow)
-        if self.words and self.words[-1] in ("&", "|"):
+        while self.words and self.words[-1] in ("&", "|"):
             value = self._masked(value)
         return value
 
@@ -230,7 +233,9 @@ class _Reader:
             words.pop()  # seed
             slot = jhash.slot(flow.source, int(words.pop(), 0), slots)
             if flow.by_iptables:
-                slot = xtables_pools.slot_of(address.unpacked(flow.source), flow.ct_mark)
+                slot = xtables_pools.slot_of(
+                    address.unpacked(flow.source), flow.ct_mark, flow.layout
+                )
         flow.draw = Draw(words[-2].removeprefix("@"), flow.ct_mark, slots, slot, kind == "jhash")
         return slot
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mesh.rules import elements, marks, xtables_pools
+from mesh.rules import elements, xtables_pools
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from mesh.rules.marks import Mark
+    from mesh.rules.marks import Layout, Mark
     from mesh.rules.trace_program import Rule
     from mesh.rules.trace_rule import Flow, Look, Outcome
 
@@ -101,7 +101,7 @@ def chain(name: str, flow: Flow) -> str:
     """What the node calls a chain of the program that a flow is in."""
     if not flow.by_iptables:
         return name
-    return _IPTABLES.get(stem(name)) or xtables_pools.chain(flow.ct_mark)
+    return _IPTABLES.get(stem(name)) or xtables_pools.chain(flow.ct_mark, flow.layout)
 
 
 def stem(name: str) -> str:
@@ -109,16 +109,18 @@ def stem(name: str) -> str:
     return name.rstrip("46")
 
 
-def question(look: Look) -> str:
-    """What a look-up asks."""
-    return f"{_SETS.get(stem(look.name), look.name)} {_key(look)}"
+def questions(looks: Iterable[Look], flow: Flow) -> str:
+    """What look-ups ask."""
+    return "; ".join(
+        f"{_SETS.get(stem(look.name), look.name)} {_key(look, flow.layout)}" for look in looks
+    )
 
 
-def _key(look: Look) -> str:
+def _key(look: Look, layout: Layout) -> str:
     """Marks in the words of what they stand for."""
     if stem(look.name) not in ("limited", "sizes"):
         return look.key
-    mark = marks.parse(int(look.key, 0))
+    mark = layout.parse(int(look.key, 0))
     if look.name == "limited":
         return f"frontend {mark.id}"
     return f"{mark.slots}{' by client address' if mark.hashed else ''}"
@@ -136,7 +138,7 @@ def brief(rule: Rule, outcome: Outcome) -> str:
 
 def answer(name: str, outcome: Outcome, flow: Flow, owners: Mapping[int, str]) -> str:
     """What came of a rule of a chain; `owners` names the service of a frontend id."""
-    parts = [_found(look, owners) for look in outcome.looks]
+    parts = [_found(look, owners, flow.layout) for look in outcome.looks]
     if outcome.set:
         parts.append(outcome.set)
     if outcome.verdict:
@@ -147,11 +149,11 @@ def answer(name: str, outcome: Outcome, flow: Flow, owners: Mapping[int, str]) -
     return ", ".join(part for part in parts if part) or "yes"
 
 
-def _found(look: Look, owners: Mapping[int, str]) -> str:
+def _found(look: Look, owners: Mapping[int, str], layout: Layout) -> str:
     if look.found is None:
         return "no"
     if look.name in elements.FRONTENDS and isinstance(look.found, int):
-        return _frontend(marks.parse(look.found), owners)
+        return _frontend(layout.parse(look.found), owners)
     return ""
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from mesh.delta import Delta
+    from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
 
 Rules = tuple[str, ...]
@@ -43,8 +44,6 @@ POOL: Final = re.compile(r"MESH-[PH]-[0-9a-f-]+")
 
 DRAWS: Final = marks.MAX_SLOTS
 DRAW_SEED: Final = 0x6D657368
-_DRAW: Final = f"--hmark-tuple src --hmark-mod {DRAWS} --hmark-offset 1 --hmark-rnd 0x{DRAW_SEED:x}"
-"""1 to 1023 by client address, the same on every node with iptables.  nftables hashes otherwise."""
 
 _TARGET: Final = re.compile(r"-[jg] (MESH-\S+)")
 
@@ -178,23 +177,24 @@ def _digest(text: str) -> str:
 
 
 def _lines(source: str, parameters: Parameters, family: Family) -> Iterator[str]:
-    words = _words(parameters, family)
-    index = FAMILIES.index(family)
-    several = {
-        "prefix": parameters.prefixes[index],
-        "vip": parameters.vips[index],
-        "closed": parameters.closed[index],
+    words = _words(parameters, family) | _marks(parameters.layout)
+    index, layout = FAMILIES.index(family), parameters.layout
+    several: dict[str, list[dict[str, str]]] = {
+        "prefix": [{"prefix": each} for each in parameters.prefixes[index]],
+        "vip": [{"vip": each} for each in parameters.vips[index]],
+        "closed": [{"closed": each} for each in parameters.closed[index]],
+        "host": [{"host": f"0x{b:x}", "place": f"0x{p:x}"} for b, p in layout.waiting().items()],
     }
     for line in source.splitlines():
         if not line or line[0] == "#":
             continue
-        if line[0] in "46":
-            if line[0] != family.suffix:
+        if line[0] in "46?":
+            if line[0] not in (family.suffix, "?" if layout.foreign else ""):
                 continue
             line = line[2:]  # noqa: PLW2901 - the rest of it is the line
-        word = next((word for word in several if f"${word}" in line), None)
-        for value in several[word] if word else ("",):
-            yield Template(line).substitute(words, **({word: value} if word else {}))
+        none: list[dict[str, str]] = [{}]
+        for more in next((several[word] for word in several if f"${word}" in line), none):
+            yield Template(line).substitute(words, **more)
 
 
 def _words(parameters: Parameters, family: Family) -> dict[str, str]:
@@ -204,11 +204,40 @@ def _words(parameters: Parameters, family: Family) -> dict[str, str]:
         "STEER": devices.steering,
         "BRIDGE": devices.bridge,
         "TUNNEL": str(parameters.steering_port),
-        "DRAW": _DRAW,
         "SELF": _self_bytecode(family),
         "f": family.suffix,
         "overlay": f"{network.overlay_address(family)}/{family.bits}",
         "subnet": network.subnet(family),
+    }
+
+
+def _marks(layout: Layout) -> dict[str, str]:
+    """What the words for bits of the marks mean.  1 to 1023 are drawn by client address, the same
+    on every node with iptables; nftables hashes otherwise.
+    """
+    empty, one = layout.id | layout.stay, 1 << layout.shift
+    bits = {
+        "FIELD": layout.packet_mark,
+        "MARK": layout.ct_mark,
+        "SLOTS": layout.slots,
+        "REST": 0xFFFFFFFF & ~layout.slots,
+        "OURS": layout.ours,
+        "VIA": layout.via,
+        "STAY": layout.stay,
+        "ARRIVAL": layout.ours | layout.via,
+        "DECIDED": layout.via | layout.stay,
+        "OPEN": layout.ours | layout.via | layout.stay,
+        "PLAIN": layout.plain,
+        "EMPTY": empty,
+        "DENIED": empty | one,
+        "NONE": layout.ct_mark & ~one,
+    }
+    draw = f"--hmark-mod {DRAWS << layout.shift} --hmark-offset {one} --hmark-rnd 0x{DRAW_SEED:x}"
+    ours = f"/0x{layout.ct_mark:x}" if layout.foreign else ""
+    return {word: f"0x{mask:x}" for word, mask in bits.items()} | {
+        "DRAW": f"--hmark-tuple src {draw}",
+        "IS_PLAIN": f"0x{layout.plain:x}{ours}",
+        "IS_EMPTY": f"0x{empty:x}{ours}",
     }
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import elements, ipsets, marks, xtables, xtables_peers
-from mesh.rules.xtables_pools import Pools, id_of
+from mesh.rules import elements, ipsets, xtables, xtables_peers
+from mesh.rules.xtables_pools import Pools
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.xtables import Chains, Rules
 
     ElementDelta = Delta[ElementKey, bytes]
@@ -40,16 +41,19 @@ Stage = list[Step]
 class Image:
     """Every element the host holds, as last read or written."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._sets: dict[str, dict[bytes, bytes]] = {
             name: {} for name in elements.SETS if name not in elements.TARGETS
         }
-        self._pools = {f"targets{family.suffix}": Pools(family) for family in FAMILIES}
+        self._pools = {f"targets{family.suffix}": Pools(family, layout) for family in FAMILIES}
 
     @staticmethod
-    def parse(saved: Mapping[Family, Mapping[str, xtables.Saved]], entries: Elements) -> Image:
+    def parse(
+        saved: Mapping[Family, Mapping[str, xtables.Saved]], entries: Elements, layout: Layout
+    ) -> Image:
         """What saved tables and sets hold.  What is not as we write it is left out."""
-        found = Image()
+        found = Image(layout)
         for key, data in entries.items():
             found._put(key, data)
         for family in FAMILIES:
@@ -78,7 +82,7 @@ class Image:
         return {"raw": self._peers(), "nat": pools.chains(pools.ids())}
 
     def _peers(self) -> Chains:
-        return xtables_peers.chains(self._sets["zones"], self._sets["via"])
+        return xtables_peers.chains(self._sets["zones"], self._sets["via"], self._layout)
 
     def get(self, key: ElementKey) -> bytes | None:
         """The data of an element; None if there is no such element."""
@@ -124,7 +128,7 @@ class Image:
             there = self.get(key)
             if there not in (None, data) and key not in delta.remove:
                 raise _refused(key, "exists already with other data")
-            _check_form(key)
+            _check_form(key, self._layout)
 
     def effective(self, delta: ElementDelta) -> ElementDelta:
         """The change without what is so already; its inverse then is its undoing."""
@@ -135,15 +139,15 @@ class Image:
 
     def plan(self, delta: ElementDelta) -> list[Stage]:
         """The steps of an effective change, in order; afterwards this image holds the change."""
-        late = self._late(delta)
+        late, layout = self._late(delta), self._layout
         early = Delta({k: v for k, v in delta.remove.items() if k not in late}, delta.add)
-        before = set(ipsets.sets_of(self._wanted_sets(delta, after=False)))
-        after = set(ipsets.sets_of(self._wanted_sets(delta, after=True)))
+        before = set(ipsets.sets_of(self._wanted_sets(delta, after=False), layout))
+        after = set(ipsets.sets_of(self._wanted_sets(delta, after=True), layout))
         created, destroyed = sorted(after - before), sorted(before - after)
         stages = [
-            _first_entries(delta, created),
+            _first_entries(delta, created, layout),
             self._write(early),
-            _last_entries(delta, destroyed),
+            _last_entries(delta, destroyed, layout),
             self._write(Delta(late, {})),
             [Step(None, "".join(f"destroy {name}\n" for name in destroyed), "")],
         ]
@@ -154,8 +158,8 @@ class Image:
         gone: Counter[tuple[str, int]] = Counter()
         for key in delta.remove:
             if key[0] in self._pools and key not in delta.add:
-                gone[_pool_of(key)] += 1
-        refilled = {_pool_of(key) for key in delta.add if key[0] in self._pools}
+                gone[self._pool_of(key)] += 1
+        refilled = {self._pool_of(key) for key in delta.add if key[0] in self._pools}
         emptied = {
             pool
             for pool, count in gone.items()
@@ -165,20 +169,22 @@ class Image:
             key: data
             for key, data in delta.remove.items()
             if key not in delta.add
-            and (key[0] == "limited" or (key[0] in self._pools and _pool_of(key) in emptied))
+            and (key[0] == "limited" or (key[0] in self._pools and self._pool_of(key) in emptied))
         }
 
     def _wanted_sets(self, delta: ElementDelta, *, after: bool) -> Elements:
         """Limits and ranges of the marks that the change touches: before it, or after."""
         names = ("limited", "allow4", "allow6")
-        touched = {_list_of(k) for part in (delta.remove, delta.add) for k in part if k[0] in names}
+        touched = {
+            self._list_of(k) for part in (delta.remove, delta.add) for k in part if k[0] in names
+        }
         if not touched:
             return {}
         found = {
             (name, text): b""
             for name in names
             for text in self._sets[name]
-            if _list_of((name, text)) in touched
+            if self._list_of((name, text)) in touched
         }
         if after:
             found = {key: data for key, data in found.items() if key not in delta.remove}
@@ -189,9 +195,9 @@ class Image:
         """The chains that differ after a change, in both families.  Makes the change here."""
         ids = {
             name: {
-                *(_pool_of(key)[1] for part in (delta.remove, delta.add) for key in part
+                *(self._pool_of(key)[1] for part in (delta.remove, delta.add) for key in part
                   if key[0] == name),
-                *(id_of(elements.mark_of(key[1])) for part in (delta.remove, delta.add)
+                *(self._layout.id_of(elements.mark_of(key[1])) for part in (delta.remove, delta.add)
                   for key in part if key[0] == "limited"),
             }
             for name in self._pools
@@ -204,6 +210,15 @@ class Image:
             Step(family, _restore(old, after[family]), _restore(after[family], old))
             for family, old in before.items()
         ]
+
+    def _list_of(self, key: ElementKey) -> int:
+        """The mark that a limit or a range belongs to."""
+        if key[0] == "limited":
+            return elements.mark_of(key[1])
+        return elements.allow_range(key, self._layout)[0]
+
+    def _pool_of(self, key: ElementKey) -> tuple[str, int]:
+        return key[0], self._layout.id_of(elements.mark_of(key[1][:4]))
 
     def _touched(
         self, ids: Mapping[str, set[int]], *, peers: bool
@@ -224,46 +239,46 @@ def _restore(before: Mapping[str, Chains], after: Mapping[str, Chains]) -> str:
     return "".join(xtables.restore(table, change) for table, change in changes)
 
 
-def _first_entries(delta: ElementDelta, created: list[str]) -> Stage:
+def _first_entries(delta: ElementDelta, created: list[str], layout: Layout) -> Stage:
     """What is new in the sets that rules for a pool's flows look into: before the pool is there.
 
     A replica that reaches itself before it is in `hairpin` would never get an answer.
     """
     new = {k: v for k, v in delta.add.items() if ipsets.holds(k) and k[0] not in elements.FRONTENDS}
     text = [ipsets.create_allow(name) for name in created]
-    text += [line for key, data in new.items() for line in ipsets.additions(key, data)]
+    text += [line for key, data in new.items() for line in ipsets.additions(key, data, layout)]
     undo = [
         line
         for key in new
-        if not (key[0].startswith("allow") and ipsets.allow_of(key) in created)
-        for line in ipsets.removals(key)
+        if not (key[0].startswith("allow") and ipsets.allow_of(key, layout) in created)
+        for line in ipsets.removals(key, layout)
     ]
     undo += [f"destroy {name}" for name in created]
     return [Step(None, _joined(text), _joined(undo))]
 
 
-def _last_entries(delta: ElementDelta, destroyed: list[str]) -> Stage:
+def _last_entries(delta: ElementDelta, destroyed: list[str], layout: Layout) -> Stage:
     """Frontends, once their pools are there; and what goes."""
     text = [
         line
         for key, data in delta.add.items()
         if key[0] in elements.FRONTENDS
-        for line in ipsets.additions(key, data)
+        for line in ipsets.additions(key, data, layout)
     ]
     undo = [
         line
         for key in delta.add.keys() - delta.remove.keys()
         if key[0] in elements.FRONTENDS
-        for line in ipsets.removals(key)
+        for line in ipsets.removals(key, layout)
     ]
     for key, data in delta.remove.items():
         if not ipsets.holds(key) or (
-            key[0].startswith("allow") and ipsets.allow_of(key) in destroyed
+            key[0].startswith("allow") and ipsets.allow_of(key, layout) in destroyed
         ):
             continue
-        undo += ipsets.additions(key, data)
+        undo += ipsets.additions(key, data, layout)
         if key not in delta.add:
-            text += ipsets.removals(key)
+            text += ipsets.removals(key, layout)
     return [Step(None, _joined(text), _joined(undo))]
 
 
@@ -271,24 +286,13 @@ def _joined(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _pool_of(key: ElementKey) -> tuple[str, int]:
-    return key[0], id_of(elements.mark_of(key[1][:4]))
-
-
-def _list_of(key: ElementKey) -> int:
-    """The mark that a limit or a range belongs to."""
-    if key[0] == "limited":
-        return elements.mark_of(key[1])
-    return elements.allow_range(key)[0]
-
-
-def _check_form(key: ElementKey) -> None:
+def _check_form(key: ElementKey, layout: Layout) -> None:
     name, text = key
-    if name.startswith("allow") and not ipsets.is_prefix(key):
+    if name.startswith("allow") and not ipsets.is_prefix(key, layout):
         raise _refused(key, "is not a prefix")
     if name in elements.TARGETS:
         mark, slot = elements.mark_of(text[:4]), elements.mark_of(text[4:])
-        if mark & marks.HASH and slot >= mark & marks.MAX_SLOTS:
+        if mark & layout.hash and slot >= layout.slots_of(mark):
             raise _refused(key, "is beyond the pool's last slot")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.report import Problem
-from mesh.rules import ipsets, xtables
+from mesh.rules import ipsets, marks, xtables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from mesh.rules.marks import Layout
     from mesh.rules.xtables import Chains, Saved, Table
 
 _NOTHING: Final = xtables.Saved({})
@@ -20,15 +21,36 @@ _REWRITTEN: Final = "was changed by somebody: the agent will write it again"
 
 
 class Program(NamedTuple):
-    """The static chains of one family, and their version."""
+    """The static chains of one family, their version, and how they keep marks."""
 
     version: str
     tables: Mapping[str, Table]
+    layout: Layout
 
 
-def told(version: str, static: Table, saved: Saved) -> str:
+def told(program: Program, static: Table, saved: Saved) -> str:
     """What the canary says of chains that nobody touched."""
-    return f"{version}.{xtables.witness(static, saved)}"
+    witness, layout = xtables.witness(static, saved), program.layout
+    fields = "" if layout == marks.DEFAULT else f".{layout.packet_mark:x}.{layout.ct_mark:x}"
+    return f"{program.version}.{witness}{fields}"
+
+
+def layout(saved: Mapping[str, Saved]) -> Layout | None:
+    """How the chains in the tables of one family keep marks; None if no canary tells."""
+    canaries = (_canary(saved.get(table, _NOTHING)) for table in xtables.TABLES)
+    return next(filter(None, map(_layout_told, canaries)), None)
+
+
+def _layout_told(canary: str) -> Layout | None:
+    match canary.split("."):
+        case [_, _]:
+            return marks.DEFAULT
+        case [_, _, packet_mark, ct_mark]:
+            try:
+                return marks.Layout.of(int(packet_mark, 16), int(ct_mark, 16))
+            except ValueError:  # not written by us
+                return None
+    return None
 
 
 def loaded(saved: Mapping[str, Saved]) -> str | None:
@@ -59,17 +81,17 @@ def differences(
             if f"-j {chain}" not in found.chains.get(hook, ()):
                 message = f"does not jump to {chain}: the agent will put the jump back"
                 yield Problem(about=f"{where} {hook}", message=message)
-        yield from _of_canary(where, static.version, wanted, found)
+        yield from _of_canary(where, static, wanted, found)
         yield from _of_chains(where, table, wanted, found, dynamic.get(table, {}))
 
 
-def _of_canary(where: str, version: str, wanted: Table, found: Saved) -> Iterator[Problem]:
+def _of_canary(where: str, static: Program, wanted: Table, found: Saved) -> Iterator[Problem]:
     canary = _canary(found)
-    if canary == told(version, wanted, found):
+    if canary == told(static, wanted, found):
         return
     if not canary:
         message = f"{xtables.CANARY} is gone: the agent will load the program again"
-    elif canary.partition(".")[0] != version:
+    elif canary.partition(".")[0] != static.version:
         message = "another version's program is loaded: an agent of this version will replace it"
     else:
         message = "the program was changed by somebody: the agent will reload it"

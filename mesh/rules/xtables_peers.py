@@ -9,12 +9,13 @@ import re
 import sys
 from typing import TYPE_CHECKING, Final
 
-from mesh.rules import elements, marks
+from mesh.rules import elements
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.xtables import Chains, Rules
 
 CHAINS: Final = {"zones": "MESH-ZONES", "via": "MESH-PEERS"}
@@ -23,8 +24,9 @@ CHAINS: Final = {"zones": "MESH-ZONES", "via": "MESH-PEERS"}
 _COMMENT: Final = re.compile(r'--comment "?([0-9a-f]{12}):([0-9a-f]+)')
 
 
-def chains(zones: Mapping[bytes, bytes], via: Mapping[bytes, bytes]) -> Chains:
+def chains(zones: Mapping[bytes, bytes], via: Mapping[bytes, bytes], layout: Layout) -> Chains:
     """The rules of all peers."""
+    field = layout.packet_mark
     return {
         CHAINS["zones"]: tuple(
             f"{_match(ether, _zone_of(data))} -j CT --zone-orig {_zone_of(data)}"
@@ -32,7 +34,7 @@ def chains(zones: Mapping[bytes, bytes], via: Mapping[bytes, bytes]) -> Chains:
         ),
         CHAINS["via"]: tuple(
             f"{_match(ether, elements.mark_of(data))} -j MARK --set-xmark "
-            f"0x{elements.mark_of(data) & marks.NODE_MASK:x}/0x{marks.NODE_MASK:x}"
+            f"0x{elements.mark_of(data) & field:x}/0x{field:x}"
             for ether, data in sorted(via.items())
         ),
     }

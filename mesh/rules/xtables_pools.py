@@ -17,12 +17,13 @@ from operator import xor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
-from mesh.rules import elements, ipsets, jhash, marks, xtables
+from mesh.rules import elements, ipsets, jhash, xtables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from mesh.model.address import Family
+    from mesh.rules.marks import Layout
     from mesh.rules.xtables import Chains, Rules
 
     Slots = Mapping[int, bytes]
@@ -40,37 +41,33 @@ _POOL: Final = re.compile(r"MESH-P-([0-9a-f]{5})")
 _BUCKET: Final = re.compile(r"MESH-H-([0-9a-f]+)-([0-9a-f]+)")
 _TARGET: Final = re.compile(r"-j DNAT --to-destination \[?(.+?)\]?:(\d+)$")
 _COMMENT: Final = re.compile(r'--comment "?([0-9a-f]+):(\d+)(?:-(\d+))?')
-_CELL: Final = re.compile(r"-m connmark --mark 0x([0-9a-f]+)/0x([0-9a-f]{1,3}) ")
+_CELL: Final = re.compile(r"-m connmark --mark 0x([0-9a-f]+)/0x[0-9a-f]+ ")
 _LIMIT: Final = re.compile(r"--match-set mesh-allow[46]-([0-9a-f]+) src")
-
-
-def id_of(mark: int) -> int:
-    """The frontend id in a mark: which chain its pool is in."""
-    return marks.parse(mark).id
 
 
 class Pools:
     """The pools of one family: what they hold, and the chains this comes to."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, layout: Layout) -> None:
         self._family = family
+        self._layout = layout
         self._targets: dict[int, dict[int, dict[int, bytes]]] = {}
         self._limited: dict[int, set[int]] = {}
         self._children: dict[tuple[int, int], set[int]] = {}
 
     def get(self, mark: int, slot: int) -> bytes | None:
         """The target in a slot."""
-        return self._targets.get(id_of(mark), {}).get(mark, {}).get(slot)
+        return self._targets.get(self._layout.id_of(mark), {}).get(mark, {}).get(slot)
 
     def put(self, mark: int, slot: int, target: bytes) -> None:
         """Fill a slot."""
-        number = id_of(mark)
+        number = self._layout.id_of(mark)
         self._targets.setdefault(number, {}).setdefault(mark, {})[slot] = target
         self._settle(number)
 
     def drop(self, mark: int, slot: int) -> None:
         """Empty a slot."""
-        number = id_of(mark)
+        number = self._layout.id_of(mark)
         pools = self._targets[number]
         del pools[mark][slot]
         if not pools[mark]:
@@ -81,12 +78,13 @@ class Pools:
 
     def limit(self, mark: int) -> None:
         """Let only the allow list in."""
-        self._limited.setdefault(id_of(mark), set()).add(mark)
-        self._settle(id_of(mark))
+        number = self._layout.id_of(mark)
+        self._limited.setdefault(number, set()).add(mark)
+        self._settle(number)
 
     def unlimit(self, mark: int) -> None:
         """Let everybody in."""
-        number = id_of(mark)
+        number = self._layout.id_of(mark)
         self._limited[number].discard(mark)
         if not self._limited[number]:
             del self._limited[number]
@@ -144,29 +142,29 @@ class Pools:
 
     def _branches(self, node: tuple[int, int]) -> Rules:
         shift = _SHIFTS[(_ROOT, *_SHIFTS).index(node[0])]
-        mask = marks.id_bits((1 << _ID_BITS) - 1 >> shift << shift)
+        id_bits = self._layout.id_bits
+        mask = id_bits((1 << _ID_BITS) - 1 >> shift << shift)
         return tuple(
-            f"-m connmark --mark 0x{marks.id_bits(child << shift):x}/0x{mask:x} "
-            f"-g {_name(shift, child)}"
+            f"-m connmark --mark 0x{id_bits(child << shift):x}/0x{mask:x} -g {_name(shift, child)}"
             for child in sorted(self._children.get(node, ()))
         )
 
     def _pool(self, number: int) -> Chains:
         """The chain of an id.  Two pools are in it while one takes the other's place."""
         pools = self._targets.get(number, {})
-        limited = self._limited.get(number, ())
+        limited, layout = self._limited.get(number, ()), self._layout
         rules = [
             f"-m set ! --match-set {ipsets.allow_name(self._family, mark)} src -j MESH-DENY"
             for mark in sorted(limited)
         ]
         found: Chains = {}
         for mark in sorted(pools):
-            mask = 0xFFFFFFFF & ~(marks.STAY | (marks.MAX_SLOTS if mark & marks.HASH else 0))
+            mask = layout.ct_mark & ~(layout.stay | (layout.slots if mark & layout.hash else 0))
             guard = f"-m connmark --mark 0x{mark & mask:x}/0x{mask:x} "
             chosen = guard if len(pools) > 1 else ""
-            if mark & marks.HASH:
-                buckets = _buckets(mark, pools[mark])
-                rules += [f"{chosen}{rule}" for rule in _to_buckets(mark, buckets)]
+            if mark & layout.hash:
+                buckets = _buckets(mark, pools[mark], layout)
+                rules += [f"{chosen}{rule}" for rule in _to_buckets(mark, buckets, layout)]
                 found |= buckets
             else:
                 rules += _draw(mark, pools[mark], chosen)
@@ -202,20 +200,20 @@ class Pools:
             following = last + 1
 
     def _parse_bucket(self, mark: int, bucket: int, rules: Rules) -> None:
-        grid = _grid(mark)
+        grid = _grid(mark, self._layout)
         rest = dict.fromkeys(range(grid.side if bucket < grid.side else 0))
         for rule in rules:
             target, drawn = _target_in(rule), _CELL.search(rule)
             if target is None:
                 continue
-            for cell in [int(drawn[1], 16) >> grid.low] if drawn else list(rest):
+            for cell in [grid.cell_of(int(drawn[1], 16))] if drawn else list(rest):
                 rest.pop(cell, None)
                 self.put(mark, grid.slot(bucket, cell), target)
 
 
-def chain(mark: int) -> str:
+def chain(mark: int, layout: Layout) -> str:
     """The chain that the pool of a mark is in."""
-    return _name(0, id_of(mark))
+    return _name(0, layout.id_of(mark))
 
 
 def _name(shift: int, value: int) -> str:
@@ -254,31 +252,32 @@ def _runs(slots: Slots) -> Iterator[tuple[int, int, bytes]]:
         yield first, last, slots[first]
 
 
-def slot_of(source: str, mark: int) -> int:
+def slot_of(source: str, mark: int, layout: Layout) -> int:
     """Which slot of a client-affine pool a client gets: HMARK's arithmetic (net/netfilter/
     xt_HMARK.c), then the chains'.  Another one than nftables gives.
     """
     words = struct.unpack(f">{len(address.packed(source)) // 4}I", address.packed(source))
     key = struct.pack("<3I", 0, reduce(xor, words), 0)
     draw = 1 + (jhash.jhash(key, xtables.DRAW_SEED) * xtables.DRAWS >> 32)
-    grid = _grid(mark)
+    grid = _grid(mark, layout)
     return grid.slot(0, draw >> grid.low)
 
 
-def draws(mark: int) -> Counter[int]:
+def draws(mark: int, layout: Layout) -> Counter[int]:
     """How many of the draws by client address lead to each slot: not quite equally many."""
-    grid = _grid(mark)
+    grid = _grid(mark, layout)
     return Counter(grid.slot(0, draw >> grid.low) for draw in range(1, xtables.DRAWS + 1))
 
 
 class _Grid(NamedTuple):
     """How the ten bits that were drawn by client address lead to a slot: by a bucket and a cell of
-    it.  256 cells for 251 slots, 1024 for 1021: within 2 % of even.
+    it.  256 cells for 251 slots, 1024 for 1021: within 2 % of even.  `shift` is where they are.
     """
 
     size: int
     bits: int
     low: int
+    shift: int
 
     @property
     def side(self) -> int:
@@ -291,22 +290,28 @@ class _Grid(NamedTuple):
 
     def bucket_match(self, bucket: int) -> str:
         """Matches what was drawn for a bucket."""
-        shift = self.low + self.bits
+        shift = self.shift + self.low + self.bits
         return f"-m connmark --mark 0x{bucket << shift:x}/0x{self.side - 1 << shift:x} "
 
     def cell_match(self, cell: int) -> str:
         """Matches what was drawn for a cell of any bucket."""
-        return f"-m connmark --mark 0x{cell << self.low:x}/0x{self.side - 1 << self.low:x} "
+        shift = self.shift + self.low
+        return f"-m connmark --mark 0x{cell << shift:x}/0x{self.side - 1 << shift:x} "
+
+    def cell_of(self, mark: int) -> int:
+        """The cell that such a match is for."""
+        return mark >> self.shift + self.low
 
 
-def _grid(mark: int) -> _Grid:
-    size = mark & marks.MAX_SLOTS
-    return _Grid(size, 4, 2) if size <= 16 * 16 else _Grid(size, 5, 0)
+def _grid(mark: int, layout: Layout) -> _Grid:
+    size = layout.slots_of(mark)
+    bits, low = (4, 2) if size <= 16 * 16 else (5, 0)
+    return _Grid(size, bits, low, layout.shift)
 
 
-def _buckets(mark: int, slots: Slots) -> Chains:
+def _buckets(mark: int, slots: Slots, layout: Layout) -> Chains:
     """The chains of the buckets.  In each, the commonest target comes last and needs no match."""
-    grid = _grid(mark)
+    grid = _grid(mark, layout)
     found: Chains = {}
     for bucket in range(grid.side):
         cells = {cell: slots.get(grid.slot(bucket, cell)) for cell in range(grid.side)}
@@ -325,8 +330,8 @@ def _buckets(mark: int, slots: Slots) -> Chains:
     return found
 
 
-def _to_buckets(mark: int, buckets: Chains) -> Iterator[str]:
-    grid = _grid(mark)
+def _to_buckets(mark: int, buckets: Chains, layout: Layout) -> Iterator[str]:
+    grid = _grid(mark, layout)
     for name in buckets:
         bucket = int(name.rpartition("-")[2], 16)
         yield f"{grid.bucket_match(bucket)}-g {name}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mesh.rules.dump import Rules
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.xtables import Chains
 
 _PROGRAMS: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
@@ -32,8 +33,8 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
         yield from ipsets.program()
     for owner in sorted(rules.owners) if owners is None else owners:
         yield f"# {dump.title(owner)}"
-        yield from _entries(rules.owners[owner])
-    image = Image()
+        yield from _entries(rules.owners[owner], rules.parameters.layout)
+    image = Image(rules.parameters.layout)
     for owner in rules.owners if owners is None else owners:
         image.update(Delta(add=rules.owners[owner]))
     for family in FAMILIES:
@@ -51,11 +52,11 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
         yield from program.build(rules.parameters).bridge.splitlines()
 
 
-def _entries(found: Elements) -> Iterator[str]:
-    yield from map(ipsets.create_allow, sorted(set(ipsets.sets_of(found))))
+def _entries(found: Elements, layout: Layout) -> Iterator[str]:
+    yield from map(ipsets.create_allow, sorted(set(ipsets.sets_of(found, layout))))
     for key, data in sorted(found.items()):
         if ipsets.holds(key):
-            yield from ipsets.additions(key, data)
+            yield from ipsets.additions(key, data, layout)
 
 
 def _tables(rules: Rules, family: Family, dynamic: dict[str, Chains]) -> Iterator[str]:

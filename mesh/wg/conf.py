@@ -60,6 +60,12 @@ def arguments(delta: Delta[str, Peer]) -> list[str]:
     return words
 
 
+def parse_fwmarks(shown: str) -> dict[str, int]:
+    """The devices that mark their packets, in what `wg show all fwmark` printed."""
+    marked = (line.split("\t") for line in shown.splitlines())
+    return {device: int(mark, 16) for device, mark in marked if mark != "off"}
+
+
 def parse(dump: str) -> Interface:
     """What `wg show DEVICE dump` printed; its private key is left behind."""
     first, *rest = dump.splitlines()

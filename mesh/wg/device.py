@@ -35,6 +35,16 @@ _SOCKETS: Final = Path("/var/run/wireguard")
 _START_SECONDS: Final = 15.0
 
 
+async def fwmarks() -> dict[str, int]:
+    """What WireGuard devices of this host mark their own packets with; one that nothing drives
+    sends none.
+    """
+    try:
+        return conf.parse_fwmarks(await command.run("wg", "show", "all", "fwmark"))
+    except CommandFailed:
+        return {}
+
+
 class Overlay:
     """The driver of the overlay device; there is one per network namespace."""
 

@@ -6,17 +6,17 @@ them was a lost packet once, so none is optional.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address, link
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import marks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mesh.model.cluster import Cluster, NodeNetwork
     from mesh.model.link import DeviceNames, LinkKey, LinkValue
+    from mesh.rules.marks import Layout
 
     Item = tuple[LinkKey, LinkValue]
 
@@ -41,15 +41,19 @@ def overlay_mtu(underlay_mtu: int) -> int:
     return max(underlay_mtu - WIREGUARD_OVERHEAD, SMALLEST_MTU + VXLAN_OVERHEAD)
 
 
+class Local(NamedTuple):
+    """What is the host's own: its devices' names, the MTU below them, the bits of its marks."""
+
+    names: DeviceNames
+    underlay_mtu: int
+    layout: Layout
+
+
 def plan(
-    names: DeviceNames,
-    cluster: Cluster,
-    own: NodeNetwork,
-    others: Iterable[NodeNetwork],
-    underlay_mtu: int,
+    local: Local, cluster: Cluster, own: NodeNetwork, others: Iterable[NodeNetwork]
 ) -> dict[LinkKey, LinkValue]:
     """Everything the node `own` has; `others` are the networks of its peers."""
-    mtu = overlay_mtu(underlay_mtu)
+    names, mtu = local.names, overlay_mtu(local.underlay_mtu)
     tunnel = link.Tunnel(
         vni=cluster.steering_vni, local=own.overlay_address(Family.V4), port=cluster.steering_port
     )
@@ -61,13 +65,13 @@ def plan(
     }
     desired.update(_addresses(names, own))
     desired.update(_vip_routes(names, cluster, own))
-    desired.update(_rules())
+    desired.update(_rules(local.layout))
     for peer in others:
         desired.update(_neighbours(names, peer))
         for family in FAMILIES:
             desired.update(_peer_routes(names, own, peer, family))
             desired.update(_steering_routes(names, own, peer, family))
-            desired.update(_return_rule(peer, family))
+            desired.update(_return_rule(peer, family, local.layout))
     return desired
 
 
@@ -124,8 +128,8 @@ def _steering_routes(
     yield link.Route(back, own.subnet(family)), link.Throw()
 
 
-def _rules() -> Iterator[Item]:
-    mask = marks.NODE_MASK
+def _rules(layout: Layout) -> Iterator[Item]:
+    mask = layout.packet_mark
     for family in FAMILIES:
         # The target is our own rule and not 32766, so that foreign rules behind us still count.
         yield link.Rule(family, RULE_SKIP, 0, mask), link.Goto(RULE_END)
@@ -133,7 +137,7 @@ def _rules() -> Iterator[Item]:
         yield link.Rule(family, RULE_END, 0, 0), link.Nop()
 
 
-def _return_rule(peer: NodeNetwork, family: Family) -> Iterator[Item]:
-    mark = peer.number << 20
+def _return_rule(peer: NodeNetwork, family: Family, layout: Layout) -> Iterator[Item]:
     lookup = link.Lookup(STEERING_TABLE + peer.number)
-    yield link.Rule(family, RULE_RETURN, mark, marks.NODE_MASK), lookup
+    mark = layout.node(peer.number)
+    yield link.Rule(family, RULE_RETURN, mark, layout.packet_mark), lookup

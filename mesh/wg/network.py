@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh.dataplane import host, sysctl
+from mesh.dataplane import foreign, host, sysctl
 from mesh.delta import Delta
 from mesh.model import link
-from mesh.wg import links, plan
+from mesh.wg import device, links, plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from mesh.dataplane.sysctl import SysctlDriver
     from mesh.dataplane.underlay import Underlay
     from mesh.model.cluster import Cluster
-    from mesh.model.link import DeviceNames, Links
+    from mesh.model.link import Links
     from mesh.model.report import Problem
     from mesh.model.view import PeerNode
+    from mesh.rules.marks import Layout
     from mesh.wg.device import Overlay
     from mesh.wg.keys import PrivateKey
+    from mesh.wg.links import Local
     from mesh.wg.plan import Peer
 
 
@@ -37,22 +39,21 @@ class Wanted:
     problems: tuple[Problem, ...]
 
     @staticmethod
-    def of(
-        names: DeviceNames, cluster: Cluster, nodes: Mapping[str, PeerNode], own: str, mtu: int
-    ) -> Wanted:
-        """The network of node `own`, which is one of `nodes`; `mtu` is the underlay's.  Pure."""
+    def of(local: Local, cluster: Cluster, nodes: Mapping[str, PeerNode], own: str) -> Wanted:
+        """The network of node `own`, which is one of `nodes`.  Pure."""
         admitted, refused = plan.admit(nodes, own)
         peers, silent = plan.peers(admitted, own, cluster)
         others = (peer.network for name, peer in admitted.items() if name != own)
-        desired = links.plan(names, cluster, admitted[own].network, others, mtu)
+        desired = links.plan(local, cluster, admitted[own].network, others)
         return Wanted(peers, desired, refused + silent)
 
 
-def check_host(underlay: Underlay, cluster: Cluster) -> None:
+async def check_host(underlay: Underlay, cluster: Cluster, layout: Layout) -> None:
     """Raise HostNotReady if this host cannot carry the mesh."""
     host.check_rights()
     host.check_program("wg", "wireguard-tools")
     underlay.check(cluster)
+    foreign.check_marks(layout, await foreign.routing_rules(), await device.fwmarks())
 
 
 class Network:

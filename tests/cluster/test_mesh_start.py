@@ -121,6 +121,20 @@ async def test_a_route_of_the_host_overlaps(bare: Cluster) -> None:
     expect_refusal(done, "10.0.3.0/24", "10.0.0.0/16")
 
 
+async def test_a_routing_rule_of_the_host_is_about_our_marks(bare: Cluster) -> None:
+    rule = ("pref", "5270", "fwmark", "0x80000/0xff0000", "lookup", "52")
+    chosen = config.MarksConfig(packet_mark=0x0FFF0000)
+    bare.sh("n1", "ip", "-6", "rule", "add", *rule)
+    try:
+        done = await agent(bare, configure(bare, marks=chosen))
+    finally:
+        bare.sh("n1", "ip", "-6", "rule", "del", *rule)
+
+    expect_refusal(
+        done, "packet_mark 0x0fff0000", "IPv6 rule 5270 (fwmark 0x80000/0xff0000)", "agent.toml"
+    )
+
+
 async def test_no_right_to_change_the_network(bare: Cluster) -> None:
     drop = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", "--")
 

@@ -155,7 +155,7 @@ async def test_some_elements_are_read_for_themselves(driver: Driver) -> None:
 
 async def test_nested_ranges_are_fine(driver: Driver) -> None:
     ranges = ("10.0.0.0/8", "10.0.0.0/24", "0.0.0.0/0", "2001:db8::/32", "2001:db8::1/128")
-    wanted = {elements.allow_key(0x400, prefix): b"" for prefix in ranges}
+    wanted = {elements.allow_key(0x400, prefix, marks.DEFAULT): b"" for prefix in ranges}
     wanted["limited", elements.mark_bytes(0x400)] = b""
 
     await driver.apply(adding(wanted))
@@ -200,7 +200,7 @@ async def test_a_witness_sees_every_backend_with_its_share(driver: Driver) -> No
     await check_witness(driver)
     told = {family: (await witness.tell(family, ("nat",)))["nat"] for family in Family}
 
-    chain = xtables_pools.chain(marks.Mark(ids.of("random"), 3).value)
+    chain = xtables_pools.chain(ids.layout.frontend(ids.of("random"), 3), ids.layout)
     assert drawn(told[Family.V4][chain]) == {
         "10.0.1.2:80": Fraction(1, 3),
         "10.0.1.3:80": Fraction(2, 3),

@@ -18,8 +18,9 @@ from mesh.errors import ApplyFailed
 from mesh.model import address as parsed
 from mesh.model.address import FAMILIES, Family, nth
 from mesh.model.publish import Protocol
-from mesh.rules import marks, nft, stale
+from mesh.rules import nft, stale
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
+from mesh.rules.marks import DEFAULT
 from mesh.rules.stale import Stale
 from tests.support import drivers, rules
 from tests.support.echo import REFUSED, SILENCE
@@ -95,7 +96,7 @@ class World:
         async def reconcile() -> None:
             delta = Delta.between(await self.one.driver.read(), wanted)
             await self.one.driver.apply(delta)
-            self.forgot = stale.after(delta, lambda _: wanted)
+            self.forgot = stale.after(delta, lambda _: wanted, DEFAULT)
             await self.conntrack.forget(self.forgot)
 
         self.one.node.run(reconcile())
@@ -119,7 +120,7 @@ class World:
 
     def flow(self, client: Client) -> Flow | None:
         """The entry of a client's flow, if there is one."""
-        flows = self.one.node.run(self.conntrack.flows(marks.OURS, marks.OURS))
+        flows = self.one.node.run(self.conntrack.flows(DEFAULT.ours, DEFAULT.ours))
         found = [flow for flow in flows if [flow.source, flow.destination] == client.ends]
         assert len(found) < 2
         return found[0] if found else None
@@ -145,7 +146,7 @@ def world(
     if request.param == "no filters":
         monkeypatch.setattr(Socket, "each", _each_by_tuple)
     with netns.entered("/run/netns/node"), ExitStack() as stack:
-        conntrack = Conntrack()
+        conntrack = Conntrack(DEFAULT)
         stack.callback(conntrack.close)
         found = World(node, conntrack, stack)
         found.forget_everything()
@@ -308,9 +309,9 @@ def test_a_fresh_agent_finds_the_flows_that_another_left_behind(
     assert clients["c1"].ask() == "c1"
 
     async def look() -> None:
-        flows = await world.conntrack.udp_flows(marks.OURS, marks.OURS | marks.VIA)
+        flows = await world.conntrack.udp_flows(DEFAULT.ours, DEFAULT.ours | DEFAULT.via)
         held = nft.lower(left, world.one.ids)
-        await world.conntrack.delete(stale.among(flows, lambda _: held))
+        await world.conntrack.delete(stale.among(flows, lambda _: held, DEFAULT))
 
     world.one.node.run(look())
 
@@ -321,7 +322,7 @@ def test_a_fresh_agent_finds_the_flows_that_another_left_behind(
 @contextmanager
 def marked_flows(count: int, zone: str = "") -> Iterator[Conntrack]:
     """The table of a namespace with flows that are marked as those of frontend 1."""
-    mark = marks.OURS | marks.id_bits(1)
+    mark = DEFAULT.ours | DEFAULT.id_bits(1)
     with rules.namespace(), ExitStack() as stack:
         run("ip", "link", "set", "lo", "up")
         rules.nft("add table inet x")
@@ -333,7 +334,7 @@ def marked_flows(count: int, zone: str = "") -> Iterator[Conntrack]:
         sender = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         for port in range(1000, 1000 + count):
             sender.sendto(b"?", ("127.0.0.255", port))
-        conntrack = Conntrack()
+        conntrack = Conntrack(DEFAULT)
         stack.callback(conntrack.close)
         yield conntrack
 
@@ -341,38 +342,38 @@ def marked_flows(count: int, zone: str = "") -> Iterator[Conntrack]:
 @pytest.mark.parametrize("zone", ["", "ct zone set 7", "ct original zone set 7"])
 async def test_a_flow_in_any_zone_can_be_deleted(zone: str) -> None:
     with marked_flows(1, zone) as conntrack:
-        flows = await conntrack.flows(marks.OURS, marks.OURS)
+        flows = await conntrack.flows(DEFAULT.ours, DEFAULT.ours)
         await conntrack.delete([*flows, *flows])
 
         assert len(flows) == 1
-        assert await conntrack.flows(marks.OURS, marks.OURS) == []
+        assert await conntrack.flows(DEFAULT.ours, DEFAULT.ours) == []
 
 
 async def test_hundreds_of_flows_are_deleted() -> None:
     with marked_flows(200) as conntrack:
-        flows = await conntrack.udp_flows(marks.OURS, marks.OURS)
+        flows = await conntrack.udp_flows(DEFAULT.ours, DEFAULT.ours)
         await conntrack.delete(flows)
 
         assert len(flows) == 200
-        assert await conntrack.flows(marks.OURS, marks.OURS) == []
+        assert await conntrack.flows(DEFAULT.ours, DEFAULT.ours) == []
 
 
 async def test_what_is_not_this_very_flow_is_not_deleted() -> None:
     with marked_flows(1) as conntrack:
-        before = await conntrack.flows(marks.OURS, marks.OURS)
+        before = await conntrack.flows(DEFAULT.ours, DEFAULT.ours)
         handle = before[0].handle
         other = handle[:-1] + bytes((handle[-1] ^ 1,))  # the end of its id
 
         await conntrack.delete([before[0]._replace(handle=other)])
 
-        assert await conntrack.flows(marks.OURS, marks.OURS) == before
+        assert await conntrack.flows(DEFAULT.ours, DEFAULT.ours) == before
 
 
 async def test_a_refusal_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Socket, "each", lambda _, messages: [errno.EPERM] * len(messages))
-    conntrack = Conntrack()
+    conntrack = Conntrack(DEFAULT)
 
     with pytest.raises(ApplyFailed, match=r"^conntrack: .*Operation not permitted.*CAP_NET_ADMIN"):
-        await conntrack.forget([Stale(marks.OURS, marks.FLOWS_MASK)])
+        await conntrack.forget([Stale(DEFAULT.ours, DEFAULT.flows)])
 
     conntrack.close()

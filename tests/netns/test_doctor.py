@@ -201,7 +201,7 @@ TROUBLES: Final = [
     ("nftables", "ip link add warren0 type bridge", "addresses", "fail", "warren0"),
     ("nftables", "ip rule add pref 7002 lookup 9", "routing", "warn", "7002"),
     ("nftables", "ip -6 rule add fwmark 0x10000/0xff000 lookup 9", "routing", "ok", ""),
-    ("nftables", "ip -6 rule add fwmark 0x100000/0xffff0000 lookup 9", "routing", "warn", "IPv6"),
+    ("nftables", "ip -6 rule add fwmark 0x100000/0xffff0000 lookup 9", "routing", "fail", "IPv6"),
     ("nftables", "iptables-nft -t mangle -A INPUT -j MARK --set-xmark 0x1/0xfff00", "marks",
      "ok", ""),
     ("nftables", "iptables-nft -t mangle -A INPUT -j MARK --set-mark 1", "marks", "warn", "MARK"),

@@ -10,8 +10,10 @@ from mesh.dataplane import netns
 from mesh.dataplane.firewall import Firewall
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
+from mesh.rules import marks
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from tests.support.echo import SILENCE, ask
+from tests.support.layouts import LOW
 from tests.support.onenode import ADDRESSES, SERVER_PORT, OneNode, one_node
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def world() -> Iterator[OneNode]:
 @pytest.fixture
 def firewall(world: OneNode) -> Iterator[Firewall]:
     with netns.entered("/run/netns/node"):
-        made = Firewall(ignored=0)
+        made = Firewall(marks.DEFAULT, ignored=0)
     yield made
     made.close()
 
@@ -92,6 +94,24 @@ def test_only_our_line_comes_and_goes(world: OneNode, firewall: Firewall, flavou
 
     assert with_ours.count("warren-mesh") == 1
     assert world.node.sh(program, "-S") == theirs
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_line_of_before_other_bits_were_chosen_goes(
+    world: OneNode, firewall: Firewall, flavour: str
+) -> None:
+    program = f"iptables-{flavour}"
+    world.node.sh(program, "-P", "FORWARD", "DROP")
+    with netns.entered("/run/netns/node"):
+        former = Firewall(LOW, ignored=0)
+    world.node.run(former.sync())
+    former.close()
+
+    world.node.run(firewall.sync())
+
+    lines = world.node.sh(program, "-S", "FORWARD").splitlines()[1:]
+    assert len(lines) == 1
+    assert f"--mark {marks.DEFAULT.ours:#x}/{marks.DEFAULT.ours:#x}" in lines[0]
 
 
 def test_a_host_without_iptables_rules_is_left_without(world: OneNode, firewall: Firewall) -> None:

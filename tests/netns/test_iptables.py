@@ -16,7 +16,7 @@ from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
-from mesh.rules import elements, nft, xtables, xtables_pools
+from mesh.rules import elements, marks, nft, xtables, xtables_pools
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from tests.support import rules
@@ -66,7 +66,11 @@ def lowered() -> Elements:
         port = Frontend(Scope.INGRESS, None, Protocol.TCP, PUBLISHED + number)
         vip = Frontend(Scope.VIP, f"10.1.0.{number + 1}", Protocol.UDP, 80)
         found |= nft.lower(Forwarding(f"s{number}", (port, vip), pool, affinity, allow=allow), ids)
-    return found | nft.lower_peer(rules.CLUSTER.network(2)) | nft.lower_hairpins(["10.0.1.2"])
+    return (
+        found
+        | nft.lower_peer(rules.CLUSTER.network(2), marks.DEFAULT)
+        | nft.lower_hairpins(["10.0.1.2"])
+    )
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -267,7 +271,7 @@ def test_a_client_has_the_same_replica_on_every_node(world: OneNode, family: Fam
     told, real = {}, {}
 
     for source in (pair[index] for pair in CROWD):
-        slot = xtables_pools.slot_of(source, elements.mark_of(mark))
+        slot = xtables_pools.slot_of(source, elements.mark_of(mark), marks.DEFAULT)
         target = held[f"targets{end}", mark + elements.mark_bytes(slot)]
         told[source] = f"{names[target[:-4]]} {source}"
         there = ADDRESSES["node"][index]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mesh.dataplane import host
+from mesh.dataplane import foreign, host
 from mesh.dataplane.link import LinkDriver
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.dataplane.sysctl import SysctlDriver
@@ -18,6 +18,7 @@ from mesh.delta import Delta
 from mesh.errors import ApplyFailed, HostNotReady
 from mesh.model import link
 from mesh.model.cluster import Cluster
+from mesh.rules import marks
 from mesh.wg import links
 from tests.support.namespaces import Namespace, wire
 
@@ -34,7 +35,7 @@ CLUSTER = Cluster(id="test", prefix6="fd12:3456:789a::/48")
 
 def plan(peers: tuple[int, ...] = (2, 3), cluster: Cluster = CLUSTER) -> Links:
     others = [cluster.network(number) for number in peers]
-    return links.plan(NAMES, cluster, cluster.network(1), others, 1500)
+    return links.plan(links.Local(NAMES, 1500, marks.DEFAULT), cluster, cluster.network(1), others)
 
 
 @pytest.fixture
@@ -209,6 +210,25 @@ def test_the_host_is_seen_without_the_mesh(
     node.sh("ip", "route", "add", "10.1.128.0/20", "dev", "eth1")
     with pytest.raises(HostNotReady, match=r"10\.1\.128\.0/20 dev eth1 overlaps.*vips4"):
         node.run(driver.underlay()).check(CLUSTER)
+
+
+def test_rules_about_marks_are_seen_but_for_the_meshs_own(
+    node: Namespace, driver: LinkDriver
+) -> None:
+    for family in ("-4", "-6"):
+        node.sh("ip", family, "rule", "add", "pref", "6999", "fwmark", "7", "lookup", "7777")
+    node.sh("ip", "rule", "add", "pref", "9", "not", "fwmark", "0x100/0xf00", "lookup", "7777")
+    node.sh("ip", "rule", "add", "pref", "8", "from", "192.0.2.0/24", "lookup", "7777")
+    node.run(converge(driver, plan()))
+
+    rules = node.run(foreign.routing_rules())
+
+    assert {str(rule) for rule in rules if rule.mask} == {
+        "IPv4 rule 6999 (fwmark 0x7)",
+        "IPv6 rule 6999 (fwmark 0x7)",
+        "IPv4 rule 9 (fwmark 0x100/0xf00)",
+    }
+    foreign.check_marks(marks.DEFAULT, rules, {})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
 from mesh.model.node import Node, Role
 from mesh.model.view import PeerNode
-from mesh.wg import keys, plan
+from mesh.rules import marks
+from mesh.wg import keys, links, plan
 from mesh.wg.device import Overlay
 from mesh.wg.network import Network, Wanted
 from tests.support.namespaces import Namespace, wire
@@ -79,7 +80,7 @@ class Machine:
         return PeerNode(node, self.network)
 
     def wanted(self, nodes: dict[str, PeerNode]) -> Wanted:
-        return Wanted.of(self.names, CLUSTER, nodes, self.name, 1500)
+        return Wanted.of(links.Local(self.names, 1500, marks.DEFAULT), CLUSTER, nodes, self.name)
 
     def join(self, nodes: dict[str, PeerNode]) -> None:
         """What an agent does with the nodes it hears of."""

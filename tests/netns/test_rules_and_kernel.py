@@ -5,27 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from mesh.agent import config
 from mesh.delta import Delta
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
-from mesh.rules import dump, elements, nft, xtables_text
+from mesh.rules import dump, elements, marks, nft, xtables_text
 from mesh.rules.dump import Rules
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from mesh.store.memory import MemoryStore
 from tests.support import drivers, rules
 from tests.support.commands import CommandLine, add_web, start_cluster
+from tests.support.layouts import ALL, marks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from mesh.rules.elements import Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
 
 pytestmark = pytest.mark.netns
@@ -57,14 +61,14 @@ def of_kernel(
     return asyncio.run(work())
 
 
-def _everything() -> Elements:
+def _everything(layout: Layout) -> Elements:
     """Something of every set, and pools of sizes that are not in the program's text."""
     found: Elements = {}
     for spec in elements.SETS.values():
         if spec.name not in elements.FRONTENDS | elements.TARGETS | {"via", "zones"}:
-            found |= rules.samples(spec, 3)
-    found |= nft.lower_peer(rules.CLUSTER.network(2))
-    ids = Ids()
+            found |= rules.samples(spec, 3, layout)
+    found |= nft.lower_peer(rules.CLUSTER.network(2), layout)
+    ids = Ids(layout)
     pool = tuple(Backend(a, 80, w) for w, a in ((200, "10.0.1.5"), (99, "10.0.2.5"), (1, "fd::5")))
     for scope, address in (
         (Scope.VIP, "10.1.0.1"),
@@ -95,15 +99,21 @@ def load(text: str) -> None:
         assert (done.returncode, done.stderr) == (0, ""), command
 
 
+@pytest.mark.parametrize("layout", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("backend", drivers.KERNEL)
-def test_what_is_shown_can_be_loaded_and_is_the_same_in_the_kernel(backend: Any) -> None:
-    wanted = _everything()
-    shown = Rules("n1", "desired", rules.PARAMETERS, (), {"web": wanted}, backend)
+def test_what_is_shown_can_be_loaded_and_is_the_same_in_the_kernel(
+    backend: Any, layout: Layout
+) -> None:
+    wanted = _everything(layout)
+    parameters = replace(rules.PARAMETERS, layout=layout)
+    shown = Rules("n1", "desired", parameters, (), {"web": wanted}, backend)
     render = dump.text if backend == "nftables" else xtables_text.text
 
     load("\n".join(render(shown)))
 
-    assert of_kernel(backend, rules.PARAMETERS) == wanted
+    assert of_kernel(backend, parameters) == wanted
+    again = dump.load(msgspec.json.encode(dump.dump(shown)))
+    assert (again.parameters, again.elements) == (parameters, wanted)
     if backend == "nftables":
         assert "mod 299 map @targets4" in rules.nft("list", "chain", "inet", "mesh", "random_299")
 
@@ -114,10 +124,17 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def cli(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def layout() -> Layout:
+    return marks.DEFAULT
+
+
+@pytest.fixture
+def cli(
+    backend: str, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> CommandLine:
     """The command line on n1, whose agent drives a backend and whose kernel is as it should be."""
     path = tmp_path / "agent.toml"
-    path.write_text(config.dump(config.AgentConfig(node="n1")))
+    path.write_text(config.dump(config.AgentConfig(node="n1", marks=marks_of(layout))))
     monkeypatch.setattr(config, "DEFAULT_PATH", path)
     command_line = CommandLine(MemoryStore())
     start_cluster(command_line)
@@ -133,8 +150,9 @@ def sh(line: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("layout", ALL.values(), ids=ALL)
 def test_a_kernel_that_holds_what_it_should_has_no_difference(
-    cli: CommandLine, backend: str
+    cli: CommandLine, backend: str, layout: Layout
 ) -> None:
     found = cli.json("rules", "diff")
     wanted = cli.ok("rules", "show")
@@ -143,9 +161,11 @@ def test_a_kernel_that_holds_what_it_should_has_no_difference(
     assert (found["backend"], found["differences"]) == (backend, [])
     assert found["program"]["loaded"] == found["program"]["wanted"]
     assert wanted.startswith(f"# {backend} of node n1")
+    assert f"0x{layout.frontend(1, 1):x}" in wanted
     assert cli.ok("rules", "show", "--kernel").splitlines()[1:] == wanted.splitlines()[1:]
     traced = cli.json("trace", CLIENT, "n1:8080")
     assert (traced["agrees"], traced["backend"]) == (True, backend)
+    assert traced["desired"]["verdict"] == "forwarded"
 
 
 @pytest.mark.parametrize("reported", [None, "nftables", "iptables-legacy", "iptables-nft", "\x1bx"])

@@ -12,7 +12,7 @@ from mesh.dataplane import netns
 from mesh.dataplane.conntrack import Conntrack
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
-from mesh.rules import stale
+from mesh.rules import marks, stale
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from tests.support.onenode import ADDRESSES, SERVER_PORT, OneNode, one_node
 
@@ -51,7 +51,7 @@ def world() -> Iterator[OneNode]:
 
 async def _look(conntrack: Conntrack, held: Elements) -> int:
     """Forget stranded connections, as an agent does; how many there were."""
-    flows = list(stale.stranded(await conntrack.unanswered(), lambda _number: held))
+    flows = list(stale.stranded(await conntrack.unanswered(), lambda _number: held, marks.DEFAULT))
     await conntrack.delete(flows)
     return len(flows)
 
@@ -60,7 +60,7 @@ async def _look(conntrack: Conntrack, held: Elements) -> int:
 def test_a_syn_that_nobody_answered_goes_to_who_is_there(world: OneNode, family: Family) -> None:
     world.publish([_web("c1")])
     with netns.entered("/run/netns/node"):
-        conntrack = Conntrack()
+        conntrack = Conntrack(marks.DEFAULT)
     with netns.entered("/run/netns/client"):
         client = socket.socket(DOMAIN[family], socket.SOCK_STREAM)
     with client:
@@ -81,7 +81,7 @@ def test_a_connection_that_was_answered_is_left_to_drain(world: OneNode) -> None
     _nft("flush table inet deaf")
     world.publish([_web("c1")])
     with netns.entered("/run/netns/node"):
-        conntrack = Conntrack()
+        conntrack = Conntrack(marks.DEFAULT)
     with netns.entered("/run/netns/client"):
         client = socket.create_connection((ADDRESSES["node"][0], PORT), 10)
     with client:

@@ -18,7 +18,7 @@ from mesh.dataplane.memory import MemoryDriver
 from mesh.delta import Delta
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
-from mesh.rules import trace
+from mesh.rules import marks, trace
 from mesh.rules.program import Devices, Parameters
 from mesh.rules.trace import Entry, Packet, Path, Place, Verdict
 from mesh.store.protocol import Change, Changes, Snapshot
@@ -46,7 +46,7 @@ class Node:
         self.state = State(KEYS, self.name)
         self.state.apply(snapshot)
         await self.driver.prepare()
-        self.reconciler = Reconciler(self.state, self.driver, lambda _delta: None)
+        self.reconciler = Reconciler(self.state, self.driver, lambda _delta: None, marks.DEFAULT)
         await self.reconciler.start({})
 
     def hear(self, changes: list[Change]) -> Touched:

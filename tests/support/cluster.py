@@ -17,15 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
+from mesh.agent import config
 from mesh.lab import client, control, wire
 from mesh.model.publish import Protocol
 from tests.support import gateway
+from tests.support.layouts import marks_of
 from tests.support.requests import Answer, Ask, ask, replicas
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     from mesh.lab.wire import LabStatus, NodeStatus
+    from mesh.rules.marks import Layout
 
 LIMIT: Final = 60.0
 """Seconds anything may take on a crowded machine before a test fails."""
@@ -298,6 +303,12 @@ class Cluster:
         self.sh(node, "nft", "delete", "table", "inet", "end-of-watch")
         return "end-of-watch"
 
+    def configure(self, node: str, **changed: object) -> None:
+        """Change a node's configuration; its next agent reads it."""
+        path = Path(self.node(node).config)
+        settings = replace(config.load(path), **changed)
+        path.write_text(config.dump(settings))
+
     def agent_runs(self, node: str) -> bool:
         """Whether the agent that `status` knows of is still there."""
         pid = self.node(node).agent_pid
@@ -306,18 +317,30 @@ class Cluster:
 
 @contextmanager
 def cluster(
-    name: str, nodes: int, *containers: tuple[str, str], backend: str = "auto"
+    name: str,
+    nodes: int,
+    *containers: tuple[str, str],
+    backend: str = "auto",
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Iterator[Cluster]:
-    """A lab of one's own with replicas, given as (id, node); gone after the block."""
+    """A lab of one's own with replicas, given as (id, node); gone after the block.
+
+    `layouts` are what some nodes keep in marks.
+    """
     own = client.launch(name, nodes, (), backend)
     try:
-        yield asyncio.run(_formed(own, containers))
+        yield asyncio.run(_formed(own, containers, layouts or {}))
     finally:
         asyncio.run(own.end())
 
 
-async def _formed(own: client.OwnLab, containers: Sequence[tuple[str, str]]) -> Cluster:
+async def _formed(
+    own: client.OwnLab, containers: Sequence[tuple[str, str]], layouts: Mapping[str, Layout]
+) -> Cluster:
     await own.built()
+    built = Cluster(own, gateway.Records(""), await own.status())
+    for name, layout in layouts.items():
+        built.configure(name, marks=marks_of(layout))
     await own.form()
     status = await own.status()
     made = Cluster(own, gateway.Records(status.etcd), status)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
 from mesh.delta import Delta
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import nft
+from mesh.rules import marks, nft
 from mesh.rules.ids import Ids
 from tests.support import drivers, rules
 from tests.support.echo import EchoServers
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mesh.dataplane.protocol import Driver
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Forwarding
+    from mesh.rules.marks import Layout
 
 NETWORK: Final = rules.PARAMETERS.network
 CONTAINERS: Final = ("c1", "c2")
@@ -88,7 +89,7 @@ class OneNode:
 
 
 @contextmanager
-def one_node(backend: str = "nftables") -> Iterator[OneNode]:
+def one_node(backend: str = "nftables", layout: Layout = marks.DEFAULT) -> Iterator[OneNode]:
     """Build it all, with a driver of tests.support.drivers; take it down again."""
     with ExitStack() as stack:
 
@@ -115,10 +116,10 @@ def one_node(backend: str = "nftables") -> Iterator[OneNode]:
             _settle(container, name, "gateway", 24, 64)
             servers.start(name, name, SERVER_PORT)
         with netns.entered("/run/netns/node"):
-            driver = drivers.make(backend, rules.PARAMETERS)
+            driver = drivers.make(backend, replace(rules.PARAMETERS, layout=layout))
         stack.callback(driver.close)
         node.run(driver.prepare())
-        yield OneNode(node, client, driver, servers, Ids())
+        yield OneNode(node, client, driver, servers, Ids(layout))
 
 
 def _with_lengths(name: str, *lengths: int) -> list[str]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
 from mesh.model.cluster import Cluster
-from mesh.rules import elements
+from mesh.rules import elements, marks
 from mesh.rules.program import Devices, Parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mesh.rules.elements import Elements, Part, SetSpec
+    from mesh.rules.marks import Layout
 
 CLUSTER: Final = Cluster(id="test", prefix6="fd11:2233:4455::/48")
 DEVICES: Final = Devices("warren0", "warren-x0", "warren-br0", "02:4d:42:52:00:01")
@@ -60,13 +61,13 @@ def _fields(parts: tuple[Part, ...], number: int) -> bytes:
     return b"".join(_field(part, number) for part in parts)
 
 
-def samples(spec: SetSpec, count: int) -> Elements:
+def samples(spec: SetSpec, count: int, layout: Layout = marks.DEFAULT) -> Elements:
     """`count` different elements of a set."""
     found: Elements = {}
     for number in range(1, count + 1):
         if spec.name.startswith("allow"):
             subnet = f"10.{number}.0.0/16" if spec.name.endswith("4") else f"fd00:{number}::/32"
-            found[elements.allow_key(1 << 10, subnet)] = b""
+            found[elements.allow_key(layout.id_bits(1), subnet, layout)] = b""
             continue
         found[spec.name, _fields(spec.key, 4 * number)] = _fields(spec.data, number)
     return found

@@ -9,7 +9,7 @@ import pytest
 
 from mesh.agent import config
 from mesh.model.address import packed, unpacked
-from mesh.rules import dump, elements, jhash, xtables_pools
+from mesh.rules import dump, elements, jhash, marks, xtables_pools
 from mesh.store.memory import MemoryStore
 from tests.support.commands import KEYS, CommandLine, add_web, start_cluster
 
@@ -209,7 +209,7 @@ def test_an_affine_client_is_traced_offline_as_its_backend_hashes(
         told[client] = [b["address"] for b in found["backends"]]
         slot = jhash.slot(packed(client), 0x6D657368, 251)
         if backend != "nftables":
-            slot = xtables_pools.slot_of(client, elements.mark_of(mark))
+            slot = xtables_pools.slot_of(client, elements.mark_of(mark), marks.DEFAULT)
         target = loaded.elements["targets4", mark + elements.mark_bytes(slot)]
         expected[client] = [unpacked(target[:4])]
 
@@ -310,7 +310,7 @@ def test_elements_nobody_wants_are_shown_as_such() -> None:
     stray = {("known4", b"abcd"): b""}
     old = {("targets4", b"\x01\x04\x01\0" + b"\0" * 4): b"b" * 8}
 
-    found = dump.by_owner(web | stray | old, {"web": web})
+    found = dump.by_owner(web | stray | old, {"web": web}, marks.DEFAULT)
 
     assert found == {"web": web | old, dump.UNKNOWN: stray}
 

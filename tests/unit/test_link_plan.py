@@ -6,6 +6,7 @@ from mesh.delta import Delta
 from mesh.model import link
 from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
+from mesh.rules import marks
 from mesh.wg import links
 
 CLUSTER = Cluster(id="test", prefix6="fd12:3456:789a::/48")
@@ -15,7 +16,9 @@ NAMES = link.DeviceNames("wg", "mx", "br")
 def plan(*peers: int, own: int = 1, mtu: int = 1500, port: int = 4790) -> link.Links:
     cluster = Cluster(id="test", prefix6=CLUSTER.prefix6, steering_port=port)
     networks = [cluster.network(number) for number in peers]
-    return links.plan(NAMES, cluster, cluster.network(own), networks, mtu)
+    return links.plan(
+        links.Local(NAMES, mtu, marks.DEFAULT), cluster, cluster.network(own), networks
+    )
 
 
 def table(plan: link.Links, number: int) -> dict[str, link.LinkValue]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -35,7 +36,9 @@ def shown(forwarding: Forwarding) -> set[str]:
 def pool_mark(forwarding: Forwarding, frontend: str = "meshports4") -> Mark:
     found = nft.lower(forwarding, Ids())
     return next(
-        marks.parse(elements.mark_of(data)) for (name, _), data in found.items() if name == frontend
+        marks.DEFAULT.parse(elements.mark_of(data))
+        for (name, _), data in found.items()
+        if name == frontend
     )
 
 
@@ -89,7 +92,7 @@ def test_no_backend_is_a_frontend_that_refuses() -> None:
 def test_an_affine_pool_without_backends_refuses_too() -> None:
     forwarding = Forwarding("web", (INGRESS,), (), affinity=Affinity.CLIENT_IP)
 
-    assert pool_mark(forwarding).value & marks.SIZE_MASK == 0
+    assert pool_mark(forwarding) == Mark(id=1, slots=0)
 
 
 def test_a_masqueraded_service_never_leaves_through_the_steering_device() -> None:
@@ -127,7 +130,7 @@ def test_an_allow_list_survives_a_change_of_the_pool() -> None:
 def test_a_peer_is_known_by_the_address_of_its_steering_device() -> None:
     network = Cluster(id="x", prefix6="fd00::/48").network(2)
 
-    found = {elements.describe(*item) for item in nft.lower_peer(network).items()}
+    found = {elements.describe(*item) for item in nft.lower_peer(network, marks.DEFAULT).items()}
 
     assert found == {
         "via { 02:4d:45:53:00:02 : 0x230000 }",
@@ -150,11 +153,8 @@ def test_the_sizes_of_a_change_are_those_its_frontends_dispatch_on() -> None:
     plain = Forwarding("a", (INGRESS,), backends("10.0.1.2", "10.0.1.3"))
     affine = Forwarding("b", (VIP4,), backends("10.0.1.2", "10.0.1.3"), affinity=Affinity.CLIENT_IP)
 
-    assert nft.sizes(nft.lower(plain, table) | nft.lower(affine, table)) == {
-        0,
-        2,
-        marks.HASH | slots.HASH_SIZES[0],
-    }
+    found = nft.lower(plain, table) | nft.lower(affine, table)
+    assert nft.sizes(found, marks.DEFAULT) == {0, 2, marks.DEFAULT.hash | slots.HASH_SIZES[0]}
 
 
 # ---- slots
@@ -231,26 +231,7 @@ def test_affine_slots_follow_the_weights() -> None:
     assert heavy == pytest.approx(0.75, abs=0.08)
 
 
-# ---- marks and ids
-
-
-@given(
-    st.integers(1, marks.IDS.stop - 1),
-    st.integers(0, marks.MAX_SLOTS),
-    st.booleans(),
-    st.booleans(),
-)
-def test_a_mark_reads_back_as_written(number: int, count: int, hashed: bool, stays: bool) -> None:
-    mark = Mark(id=number, slots=count, hashed=hashed, stays=stays)
-
-    assert marks.parse(mark.value) == mark
-    assert mark.value < 1 << 32
-    assert mark.value & (marks.OURS | marks.VIA) == marks.OURS
-
-
-def test_flows_through_a_node_are_told_by_its_number() -> None:
-    assert marks.via(4094) & marks.NODE_MASK == 4094 << 20
-    assert marks.via(1) & (marks.OURS | marks.VIA) == marks.OURS | marks.VIA
+# ---- ids
 
 
 def test_a_pool_keeps_its_id_and_a_freed_one_rests() -> None:
@@ -291,9 +272,8 @@ def test_a_restarted_agent_finds_nothing_to_write() -> None:
     assert nft.lower(one, after) | nft.lower(other, after) == actual
 
 
-def test_an_exhausted_table_of_ids_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.rules.ids.IDS", range(1, 3))
-    table = Ids()
+def test_an_exhausted_table_of_ids_says_so() -> None:
+    table = Ids(replace(marks.DEFAULT, ids=range(1, 3)))
     table.of("a")
     table.of("b")
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
 
 from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
 from mesh.rules import elements, marks, program
 from mesh.rules.program import Devices, Parameters
+from tests.support.layouts import ALL, layouts
+
+if TYPE_CHECKING:
+    from mesh.rules.marks import Layout
 
 CLUSTER = Cluster(id="test", prefix6="fd00:1:2::/48", steering_port=4799)
 DEVICES = Devices("over", "steer", "bridge", "02:00:00:00:00:01")
@@ -21,11 +27,34 @@ def lines(parameters: Parameters = PARAMETERS) -> list[str]:
     return [line.strip() for line in program.render(parameters).splitlines()]
 
 
-def test_every_word_is_filled_in() -> None:
-    text = program.render(PARAMETERS)
+@pytest.mark.parametrize("layout", ALL.values(), ids=ALL)
+def test_every_word_is_filled_in(layout: Layout) -> None:
+    text = program.render(replace(PARAMETERS, layout=layout))
 
     assert "$" not in text
     assert "#" not in text
+    assert "?" not in text
+
+
+def test_a_program_of_another_layout_is_another_one_whose_elements_cannot_stay() -> None:
+    built = [program.build(replace(PARAMETERS, layout=layout)) for layout in ALL.values()]
+
+    assert len({each.schema for each in built}) == len(ALL)
+    assert len({each.version for each in built}) == len(ALL)
+    assert len({each.bridge for each in built}) == 1
+
+
+@given(layouts())
+def test_only_bits_of_the_mesh_are_written(layout: Layout) -> None:
+    inet = program.build(replace(PARAMETERS, layout=layout)).inet
+
+    joined = re.findall(r"(ct|meta) mark set \1 mark \| (0x[0-9a-f]+)", inet)
+    ours = {"ct": 0xFFFFFFFF, "meta": layout.packet_mark}
+    assert joined
+    assert all(int(bits, 16) & ~ours[mark] == 0 for mark, bits in joined)
+    cleared = re.findall(r"meta mark set meta mark & (0x[0-9a-f]+)", inet)
+    kept = {layout.packet_mark, 0xFFFFFFFF & ~layout.packet_mark}
+    assert {int(bits, 16) for bits in cleared} == kept
 
 
 def test_the_set_declarations_are_those_that_elements_are_made_for() -> None:
@@ -114,7 +143,7 @@ def test_a_bridge_without_a_mac_address_is_refused() -> None:
 
 
 def test_a_size_draws_among_as_many_slots_and_is_dispatched_to() -> None:
-    text = program.size_chains([300, marks.HASH | 251, 0])
+    text = program.size_chains([300, marks.DEFAULT.hash | 251, 0], marks.DEFAULT)
 
     assert len(re.findall(r"numgen random mod 300 map @targets[46]$", text, re.MULTILINE)) == 4
     assert len(re.findall(r"jhash ip6? saddr mod 251 seed", text)) == 4
@@ -124,5 +153,5 @@ def test_a_size_draws_among_as_many_slots_and_is_dispatched_to() -> None:
 
 
 def test_no_sizes_are_no_text() -> None:
-    assert program.size_chains([0]) == ""
-    assert program.size_chains([]) == ""
+    assert program.size_chains([0], marks.DEFAULT) == ""
+    assert program.size_chains([], marks.DEFAULT) == ""

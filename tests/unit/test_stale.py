@@ -41,13 +41,13 @@ class Node:
         for forwarding in forwardings:
             wanted |= nft.lower(forwarding, self.ids)
         delta, self.now = Delta.between(self.now, wanted), wanted
-        return stale.after(delta, lambda _: self.now)
+        return stale.after(delta, lambda _: self.now, marks.DEFAULT)
 
     def flow(
         self, key: str, backend: str = "10.0.1.1", destination: str = "192.0.2.1:30053"
     ) -> Flow:
         """A flow of a pool, as the first packet was dispatched."""
-        mark = marks.Mark(self.ids.of(key), slots=3).value
+        mark = marks.DEFAULT.frontend(self.ids.of(key), 3)
         there, answers = _end(destination), (address.packed(backend), 53)
         return Flow(mark, UDP.number, _end("192.0.2.9:5353"), there, answers, False, b"")
 
@@ -75,7 +75,7 @@ def test_flows_of_a_backend_that_left_are_stale_and_no_others() -> None:
         node.flow(OTHER.key, "10.0.1.1"),
         gone[0]._replace(protocol=TCP.number),
         gone[0]._replace(backend=(gone[0].backend[0], 54)),
-        gone[0]._replace(mark=marks.via(gone[0].mark >> 20)),
+        gone[0]._replace(mark=marks.DEFAULT.arrival(gone[0].mark >> 20)),
         gone[0]._replace(mark=0),
     ]
 
@@ -205,7 +205,7 @@ def test_a_pass_over_all_flows_finds_those_that_nothing_serves() -> None:
     not_ours = [
         served[0]._replace(mark=0),
         served[0]._replace(mark=0x90000),
-        served[0]._replace(mark=marks.via(7)),
+        served[0]._replace(mark=marks.DEFAULT.arrival(7)),
         node.flow(WEB.key, "10.0.1.1")._replace(protocol=TCP.number),
     ]
     lost = [
@@ -215,7 +215,7 @@ def test_a_pass_over_all_flows_finds_those_that_nothing_serves() -> None:
         node.flow("a service that is gone", "10.0.1.2"),
     ]
 
-    assert list(stale.among([*served, *not_ours, *lost], lambda _: node.now)) == lost
+    assert list(stale.among([*served, *not_ours, *lost], lambda _: node.now, marks.DEFAULT)) == lost
 
 
 def test_an_id_tells_whose_it_is_until_it_is_free() -> None:

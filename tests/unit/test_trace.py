@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +20,7 @@ from mesh.model.service import Affinity, Source
 from mesh.rules import (
     elements,
     jhash,
+    marks,
     nft,
     program,
     trace,
@@ -33,6 +35,10 @@ from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from mesh.rules.trace import Entry, Packet, Path, Place, Verdict
 from tests.support import rules
+from tests.support.layouts import ALL
+
+if TYPE_CHECKING:
+    from mesh.rules.marks import Layout
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 CLIENT, NODE, OTHER_NODE = "203.0.113.9", "192.0.2.1", "192.0.2.2"
@@ -43,17 +49,17 @@ INGRESS = Frontend(Scope.INGRESS, None, TCP, 8080)
 ON_VIP = Frontend(Scope.VIP, VIP, TCP, 80)
 
 
-def place(*forwardings: Forwarding) -> Place:
-    ids = Ids()
+def place(*forwardings: Forwarding, layout: Layout = marks.DEFAULT) -> Place:
+    ids = Ids(layout)
     found = nft.lower_nodes((NODE, "2001:db8::1", OTHER_NODE, "10.0.0.1", "10.0.0.2"))
-    found |= nft.lower_hairpins((LOCAL, SIBLING)) | nft.lower_peer(rules.CLUSTER.network(2))
+    found |= nft.lower_hairpins((LOCAL, SIBLING)) | nft.lower_peer(rules.CLUSTER.network(2), layout)
     for forwarding in forwardings:
         found |= nft.lower(forwarding, ids)
-    return Place(rules.PARAMETERS, found, (NODE, "2001:db8::1"))
+    return Place(replace(rules.PARAMETERS, layout=layout), found, (NODE, "2001:db8::1"))
 
 
 WEB = Forwarding("web", (INGRESS, ON_VIP), ANYONE)
-WORLD = place(
+SERVICES = (
     WEB,
     Forwarding("none", (Frontend(Scope.INGRESS, None, TCP, 8081),), ()),
     Forwarding(
@@ -68,6 +74,10 @@ WORLD = place(
     Forwarding("here", (Frontend(Scope.HOST_IP, NODE, TCP, 8080),), (Backend(SIBLING, 81),)),
     Forwarding("host", (Frontend(Scope.NODE, None, UDP, 53),), (Backend(SIBLING, 53),)),
 )
+WORLD = place(*SERVICES)
+EACH_LAYOUT = pytest.mark.parametrize(
+    "world", [place(*SERVICES, layout=layout) for layout in ALL.values()], ids=ALL
+)
 
 
 def syn(source: str, destination: str, port: int, entry: Entry = Entry.OUTSIDE) -> Packet:
@@ -75,6 +85,7 @@ def syn(source: str, destination: str, port: int, entry: Entry = Entry.OUTSIDE) 
     return Packet(source, destination, TCP, port, entry, ether)
 
 
+@EACH_LAYOUT
 @pytest.mark.parametrize(
     ("packet", "answers"),
     [
@@ -113,9 +124,9 @@ def syn(source: str, destination: str, port: int, entry: Entry = Entry.OUTSIDE) 
     ],
 )
 def test_every_backend_is_told_with_its_way_and_the_source_it_sees(
-    packet: Packet, answers: dict[str, tuple[Path, str]] | None
+    world: Place, packet: Packet, answers: dict[str, tuple[Path, str]] | None
 ) -> None:
-    walked = trace.walk(packet, WORLD)
+    walked = trace.walk(packet, world)
 
     found = {a.target.address: (a.ending.path, a.ending.seen) for a in walked.answers if a.target}
     assert found == (answers or {})
@@ -163,8 +174,11 @@ def test_a_client_from_outside_is_steered_to_a_remote_replica() -> None:
         (Packet("10.0.0.2", "10.0.0.1", UDP, 4790, Entry.OVERLAY), Verdict.PASSED, ""),
     ],
 )
-def test_what_reaches_nobody_is_told_why(packet: Packet, verdict: Verdict, words: str) -> None:
-    walked = trace.walk(packet, WORLD)
+@EACH_LAYOUT
+def test_what_reaches_nobody_is_told_why(
+    world: Place, packet: Packet, verdict: Verdict, words: str
+) -> None:
+    walked = trace.walk(packet, world)
 
     assert (walked.verdict, walked.backends) == (verdict, {})
     assert words in walked.ending.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,16 @@ from mesh.errors import ApplyFailed
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
-from mesh.rules import elements, ipsets, marks, nft, xtables
+from mesh.rules import elements, ipsets, marks, nft, xtables, xtables_intact
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from mesh.rules.xtables_image import Image
 from tests.support import rules
+from tests.support.layouts import ALL
 
 if TYPE_CHECKING:
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.marks import Layout
     from mesh.rules.xtables import Chains
 
 _MARK = re.compile(r"-m connmark --mark 0x([0-9a-f]+)/0x([0-9a-f]+) ")
@@ -40,8 +43,8 @@ def lowered(*services: Forwarding, ids: Ids | None = None) -> Elements:
     return {k: v for each in services for k, v in nft.lower(each, ids).items()}
 
 
-def holding(found: Elements) -> Image:
-    image = Image()
+def holding(found: Elements, layout: Layout = marks.DEFAULT) -> Image:
+    image = Image(layout)
     image.update(Delta(add=found))
     return image
 
@@ -97,7 +100,9 @@ def test_a_flow_finds_the_pool_of_its_frontend_among_many() -> None:
     image = holding(lowered(*services, ids=ids))
     chains = image.chains(Family.V4)["nat"]
 
-    found = {n: drawn(chains, marks.Mark(ids.of(f"service{n}"), 1).value) for n in range(1, 600)}
+    found = {
+        n: drawn(chains, marks.DEFAULT.frontend(ids.of(f"service{n}"), 1)) for n in range(1, 600)
+    }
 
     assert found == {n: {f"10.0.{n >> 8}.{n & 255}:80": 1} for n in range(1, 600)}
     assert max(map(len, chains)) <= 28
@@ -124,43 +129,49 @@ def test_an_affine_client_has_one_backend_and_backends_even_shares(replicas: int
         assert shares[there] / 1023 == pytest.approx(share, rel=0.15, abs=0.01)
 
 
-def read_back(image: Image) -> Elements:
+def read_back(image: Image, layout: Layout = marks.DEFAULT) -> Elements:
     """What an image's chains hold when they are parsed as iptables-save would print them."""
     saved = {}
     for family in FAMILIES:
         dynamic = image.chains(family)
         saved[family] = {table: xtables.Saved(chains) for table, chains in dynamic.items()}
     held = image.elements()
-    entries = [ipsets.create_allow(name) for name in ipsets.sets_of(held)]
-    entries += [line for key, data in held.items() for line in _entry_lines(key, data)]
-    found, _ = ipsets.parse("\n".join(entries))
-    return Image.parse(saved, found).elements()
+    entries = [ipsets.create_allow(name) for name in ipsets.sets_of(held, layout)]
+    entries += [line for key, data in held.items() for line in _entry_lines(key, data, layout)]
+    found, _ = ipsets.parse("\n".join(entries), layout)
+    return Image.parse(saved, found, layout).elements()
 
 
-def _entry_lines(key: ElementKey, data: bytes) -> list[str]:
+def _entry_lines(key: ElementKey, data: bytes, layout: Layout) -> list[str]:
     kept = key[0] in ipsets.KEPT or key[0].startswith("allow")
-    return ipsets.additions(key, data) if kept else []
+    return ipsets.additions(key, data, layout) if kept else []
+
+
+EACH_LAYOUT = pytest.mark.parametrize("layout", ALL.values(), ids=ALL)
 
 
 @pytest.mark.parametrize("affinity", Affinity)
 @pytest.mark.parametrize("replicas", [0, 1, 3, 40, 300])
-def test_what_is_written_is_what_is_read(affinity: Affinity, replicas: int) -> None:
+@EACH_LAYOUT
+def test_what_is_written_is_what_is_read(layout: Layout, affinity: Affinity, replicas: int) -> None:
     weights = {f"10.0.{n >> 8}.{n & 255}": 1 + n % 3 for n in range(1, replicas + 1)}
-    found = lowered(service(1, weights, affinity), service(2, weights))
+    found = lowered(service(1, weights, affinity), service(2, weights), ids=Ids(layout))
 
-    assert read_back(holding(found)) == found
+    assert read_back(holding(found, layout), layout) == found
 
 
-def test_two_pools_of_one_id_are_told_apart_while_one_replaces_the_other() -> None:
-    ids = Ids()
+@EACH_LAYOUT
+def test_two_pools_of_one_id_are_told_apart_while_one_replaces_the_other(layout: Layout) -> None:
+    ids = Ids(layout)
     old = lowered(service(1, {"10.0.1.2": 1, "10.0.1.3": 1}), ids=ids)
     new = lowered(service(1, {"10.0.1.4": 1}), ids=ids)
-    image = holding({k: v for k, v in old.items() if k[0] in elements.TARGETS} | new)
+    image = holding({k: v for k, v in old.items() if k[0] in elements.TARGETS} | new, layout)
     chains = image.chains(Family.V4)["nat"]
 
-    assert drawn(chains, mark_of(old)) == {"10.0.1.2:80": 0.5, "10.0.1.3:80": 0.5}
-    assert drawn(chains, mark_of(new)) == {"10.0.1.4:80": 1}
-    assert read_back(image) == image.elements()
+    for hosts in (0, layout.foreign):
+        assert drawn(chains, hosts | mark_of(old)) == {"10.0.1.2:80": 0.5, "10.0.1.3:80": 0.5}
+        assert drawn(chains, hosts | mark_of(new)) == {"10.0.1.4:80": 1}
+    assert read_back(image, layout) == image.elements()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +196,7 @@ def test_a_range_that_is_no_prefix_is_refused() -> None:
     key = ("allow4", elements.mark_bytes(0x400 | 24) + bytes((10, 0, 0, 1)))
 
     with pytest.raises(ApplyFailed, match="not a prefix"):
-        Image().check(Delta({}, {key: b""}))
+        Image(marks.DEFAULT).check(Delta({}, {key: b""}))
 
 
 def steps(before: Elements, after: Elements) -> list[str]:
@@ -251,11 +262,13 @@ def test_undoing_the_steps_gives_the_chains_there_were() -> None:
 def test_no_name_is_too_long_for_iptables_or_ipset() -> None:
     tables = [xtables.program(rules.PARAMETERS, family) for family in FAMILIES]
     chains = [chain for each in tables for table in each.values() for chain in table.chains]
-    largest = marks.Mark(marks.IDS.stop - 1, 1021, hashed=True, stays=True).value
+    largest = marks.DEFAULT.frontend(marks.DEFAULT.ids.stop - 1, 1021, hashed=True, stays=True)
 
     assert max(map(len, chains)) <= 28
     assert len(f"MESH-H-{largest:x}-1f") <= 28
-    assert len(ipsets.allow_name(Family.V6, marks.id_bits(marks.IDS.stop - 1))) <= 31
+    assert (
+        len(ipsets.allow_name(Family.V6, marks.DEFAULT.id_bits(marks.DEFAULT.ids.stop - 1))) <= 31
+    )
 
 
 def test_the_canary_tells_when_a_static_rule_was_changed() -> None:
@@ -264,3 +277,35 @@ def test_the_canary_tells_when_a_static_rule_was_changed() -> None:
     changed = xtables.Saved(table.chains | {"MESH-NONE": table.chains["MESH-NONE"][1:]})
 
     assert xtables.witness(table, saved) != xtables.witness(table, changed)
+
+
+def canaries(text: str) -> dict[str, xtables.Saved]:
+    rules = (f"-m comment --comment {text}",)
+    return {table: xtables.Saved({xtables.CANARY: rules}) for table in xtables.TABLES}
+
+
+@EACH_LAYOUT
+def test_a_canary_tells_of_its_layout(layout: Layout) -> None:
+    program = xtables_intact.Program("1a2b3c4d", {}, layout)
+    text = xtables_intact.told(program, xtables.Table({}, {}), xtables.Saved({}))
+
+    assert xtables_intact.layout(canaries(text)) == layout
+    assert xtables_intact.loaded(canaries(text)) == "1a2b3c4d"
+    assert len(text) <= 255
+    assert text.count(".") == (1 if layout == marks.DEFAULT else 3)
+
+
+@pytest.mark.parametrize("text", ["", "x", "1.2.fff00000", "1.2.ff.ff", "1.2.x.y", "1.2.3.4.5"])
+def test_a_canary_that_somebody_else_wrote_tells_nothing(text: str) -> None:
+    assert xtables_intact.layout(canaries(text)) is None
+    assert xtables_intact.layout({}) is None
+
+
+def test_chains_of_another_layout_are_another_program() -> None:
+    found = {
+        xtables.version(xtables.program(replace(rules.PARAMETERS, layout=layout), family))
+        for layout in ALL.values()
+        for family in FAMILIES
+    }
+
+    assert len(found) == len(ALL) * len(FAMILIES)
