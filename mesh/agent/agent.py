@@ -12,7 +12,7 @@ import logging
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend
+from mesh.agent import backend, remark
 from mesh.agent.network import Network
 from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
@@ -87,7 +87,7 @@ class Agent:
                 node = await self._numbered()
                 self._held = node.network
                 parameters = self._parameters(cluster, node.network)
-                await self._network.start()
+                await remark.settle(self._config.backend, parameters, self._network.start)
                 tasks.create_task(self._keep_network(), name="network")
                 await self._keep_rules(parameters, node.name, lease, tasks)
         finally:

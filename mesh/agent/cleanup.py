@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend, etcd, lock
+from mesh.agent import backend, etcd, lock, remark
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host
@@ -41,10 +41,12 @@ async def _remove(config: AgentConfig) -> None:
     network = Network(config, State(keys, config.node))
     try:
         devices = Devices(*network.names, _ANY_MAC)
+        layout = await backend.layout(backend.anybody(devices))
         await backend.remove_all(devices)
         with closing(Firewall(config.marks.layout, ignored=0)) as firewall:
             await firewall.remove()
         await network.remove()
+        await remark.give_back(layout)
     finally:
         await network.close()
     log.info("removed rules, links and routes")

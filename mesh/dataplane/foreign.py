@@ -11,7 +11,7 @@ import re
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mesh.dataplane import command, host, nfmessages
+from mesh.dataplane import command, hold, host, nfmessages
 from mesh.dataplane.firewall import Table
 from mesh.dataplane.nfnetlink import Socket
 from mesh.errors import HostNotReady
@@ -29,6 +29,7 @@ _XMARK: Final = re.compile(r"-j (MARK|CONNMARK) --set-xmark 0x([0-9a-f]+)/0x([0-
 _SET: Final = re.compile(r"\b(meta|ct) mark set\b")
 _OURS: Final = ("MESH-", "warren-mesh")
 _WORD: Final = 0xFFFFFFFF
+_TABLES: Final = (nfmessages.TABLE, hold.TABLE)
 _COMPATIBLE: Final = frozenset(("raw", "mangle", "nat", "filter", "security"))
 """Tables of the families ip and ip6 that iptables-nft prints in its own words."""
 
@@ -169,7 +170,7 @@ async def chains() -> list[Chain]:
 def _is_known(table: str) -> bool:
     """Whether a table is ours, or one that iptables-nft tells of."""
     family, _, name = table.partition(" ")
-    return name == "mesh" or (family in ("ip", "ip6") and name in _COMPATIBLE)
+    return name in _TABLES or (family in ("ip", "ip6") and name in _COMPATIBLE)
 
 
 async def nft_markings() -> list[Marking]:
