@@ -79,12 +79,13 @@ class RoutingRule(NamedTuple):
         return f"IPv{self.family.value} rule {self.priority} (fwmark {self.mark:#x}{mask})"
 
     def is_about(self, bits: int) -> bool:
-        """Whether it looks at these bits of packet marks.
+        """Whether it would route a packet that has nothing in its mark but some of these bits.
 
-        A mask says which bits are somebody's, whatever they are to be.  A rule without one compares
-        whole marks; it is about those that it wants set.
+        One that wants other bits too is about packets that the host itself has marked: Tailscale's
+        0x80000/0xff0000 never meets ours.
         """
-        return bool((self.mark if self.mask == _WORD else self.mask) & bits)
+        wanted = self.mark & self.mask
+        return bool(wanted) and not wanted & ~bits
 
 
 async def saved() -> dict[Table, str]:

@@ -123,7 +123,7 @@ async def test_a_route_of_the_host_overlaps(bare: Cluster) -> None:
 
 async def test_a_routing_rule_of_the_host_is_about_our_marks(bare: Cluster) -> None:
     rule = ("pref", "5270", "fwmark", "0x80000/0xff0000", "lookup", "52")
-    chosen = config.MarksConfig(packet_mark=0x0FFF0000)
+    chosen = config.MarksConfig(packet_mark=0x0FFF0000)  # with Tailscale's bit in it
     bare.sh("n1", "ip", "-6", "rule", "add", *rule)
     try:
         done = await agent(bare, configure(bare, marks=chosen))

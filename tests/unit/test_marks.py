@@ -172,25 +172,23 @@ def test_a_smaller_ct_mark_is_named_when_its_ids_run_out() -> None:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        # A mask says which bits are somebody's, whatever the rule wants them to be.
         (
             RoutingRule(Family.V4, 100, 0x100000, 0x100000),
             "IPv4 rule 100 (fwmark 0x100000/0x100000)",
         ),
-        (RoutingRule(Family.V6, 5270, 0, 0xFF000000), "IPv6 rule 5270 (fwmark 0x0/0xff000000)"),
-        # Without one, it is the bits that the rule wants set.
-        (RoutingRule(Family.V4, 9, 0x80000001, 0xFFFFFFFF), "IPv4 rule 9 (fwmark 0x80000001)"),
+        (RoutingRule(Family.V4, 9, 0x80000000, 0xFFFFFFFF), "IPv4 rule 9 (fwmark 0x80000000)"),
     ],
 )
 def test_a_rule_about_bits_of_the_field_is_named(rule: RoutingRule, words: str) -> None:
-    harmless = RoutingRule(Family.V4, 1, 0x80000, 0xFF0000 & ~0xF00000)
+    tailscale = RoutingRule(Family.V4, 5210, 0x80000, 0xFF0000)  # also wants a bit that is not ours
+    everything = RoutingRule(Family.V6, 5270, 0, 0xFF000000)  # matches what has no mark at all
 
     with pytest.raises(HostNotReady) as refusal:
-        foreign.check_marks(marks.DEFAULT, [harmless, rule], {})
+        foreign.check_marks(marks.DEFAULT, [tailscale, everything, rule], {})
 
     assert f"packet_mark 0xfff00000 overlaps {words}" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    foreign.check_marks(Layout.of(0xFFF0, 0xFFFFFFFF), [harmless, rule], {})
+    foreign.check_marks(Layout.of(0xFFF0, 0xFFFFFFFF), [tailscale, everything, rule], {})
 
 
 def test_a_tunnel_that_marks_its_packets_is_named_where_it_uses_the_field() -> None:
