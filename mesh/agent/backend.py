@@ -184,13 +184,17 @@ async def retire_others(kept: Driver, parameters: Parameters) -> None:
     """
     with closing(Socket()) as netlink:
         if kept.name != NftablesDriver.name and (INET, nfmessages.TABLE) in _tables(netlink):
-            nftables.remove_tables(netlink, (INET,))
+            await nftables.retire(netlink)
             log.info("backend=nftables removed, %s forwards", kept.name)
     for driver in await _iptables_present(parameters):
-        if driver.name != kept.name:
+        if driver.name == kept.name:
+            continue
+        if isinstance(kept, IptablesDriver):
+            await driver.remove_chains()
+            await kept.prepare()  # what only the other flavour's chains used can go now
+        else:
             await driver.remove()
-            log.info("backend=%s removed, %s forwards", driver.name, kept.name)
-            await kept.prepare()  # they share the bridge table
+        log.info("backend=%s removed, %s forwards", driver.name, kept.name)
 
 
 async def remove_all(devices: Devices) -> None:
@@ -202,7 +206,10 @@ async def remove_all(devices: Devices) -> None:
 
 async def remove_iptables(parameters: Parameters) -> None:
     """Take the chains and sets of every flavour off this host.  Raises CommandFailed."""
-    for driver in await _iptables_present(parameters):
+    drivers = await _iptables_present(parameters)
+    for driver in drivers:
+        await driver.remove_chains()
+    for driver in drivers[:1]:
         await driver.remove()
 
 

@@ -50,6 +50,7 @@ class Reconciler:
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
         self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
+        self._staged = False
         self._writing = asyncio.Lock()
 
     async def start(self, before: Elements) -> None:
@@ -58,7 +59,8 @@ class Reconciler:
         `before` is what another backend holds, whose flows go on with the ids they have.
 
         In chunks of whole services, so that ten thousand of them are neither one transaction nor
-        in memory at once; what nobody wants any more goes last.
+        in memory at once; what nobody wants any more goes last.  Only then do packets meet it, if
+        they did not before: nobody is refused for a service that is yet to come.
         """
         actual = await self._driver.read()
         node = self._state.node_view()
@@ -70,13 +72,25 @@ class Reconciler:
                 if view is not None:
                     nft.adopt(planner.plan(view, node), known, self._ids)
         log.info("adopting services=%d elements=%d", len(names), len(actual))
+        try:
+            written = await self._take_over(actual, names)
+        except ApplyFailed as error:
+            log.warning("apply failed, reading the kernel back: %s", error)
+            await self.heal()
+        else:
+            log.info("adopted written=%d removed=%d", written, len(actual))
+        await self._driver.attach()
+
+    async def _take_over(self, actual: Elements, names: list[str]) -> int:
+        """Write what is missing in `actual`, and remove what is left there."""
         written = await self._start_with(actual, (), nodes=True)
         step = self._driver.chunk
         for first in range(0, len(names), step):
             written += await self._start_with(actual, names[first : first + step], nodes=False)
+        self._staged = True
         if actual:
-            await self._apply(Delta(actual, {}))
-        log.info("adopted written=%d removed=%d", written, len(actual))
+            await self._write(Delta(actual, {}))
+        return written
 
     async def _start_with(self, actual: Elements, names: Iterable[str], *, nodes: bool) -> int:
         """Stage some services and write what of them is not in `actual`; takes it out of there."""
@@ -86,12 +100,18 @@ class Reconciler:
         for key in staged:
             actual.pop(key, None)
         if missing:
-            await self._apply(Delta(changed, missing))
+            await self._write(Delta(changed, missing))
         return len(missing)
 
     async def heal(self) -> int:
-        """Bring the kernel back from what somebody else did; how many elements differed."""
+        """Bring the kernel back from what somebody else did; how many elements differed.
+
+        Also where `start` ended half-way: what it did not come to is not yet known to be wanted.
+        """
         async with self._writing:
+            if not self._staged:
+                self._stage(self._state.services(), nodes=True)
+                self._staged = True
             return await self._resync()
 
     async def repair(self, keys: Collection[ElementKey]) -> int:
@@ -171,13 +191,16 @@ class Reconciler:
 
     async def _apply(self, delta: ElementDelta) -> None:
         try:
-            await self._driver.apply(delta)
+            await self._write(delta)
         except ApplyFailed as error:
             log.warning("apply failed, reading the kernel back: %s", error)
             await self._resync()
         else:
             self._failed.clear()
-            self._written(delta)
+
+    async def _write(self, delta: ElementDelta) -> None:
+        await self._driver.apply(delta)
+        self._written(delta)
 
     async def _resync(self) -> int:
         """Mend the program, bring the kernel in line from what it really holds; single out who
@@ -192,6 +215,7 @@ class Reconciler:
                 await self._driver.apply(delta)
         except ApplyFailed:
             await self._apply_each()
+        await self._driver.attach()
         self._written(delta)
         return len(delta)
 

@@ -54,9 +54,13 @@ class Rules:
         self._told = told
 
     async def start(self, parameters: Parameters) -> None:
-        """Take over what the kernel holds, write the difference, retire other backends."""
+        """Take over what the kernel holds, write the difference, retire other backends.
+
+        A firewall that drops what only the other backend's chains accept hears of it before.
+        """
         before = await backend.read_others(self._driver, parameters)
         await self._until_done(partial(self._start, before))
+        self._refused = await self._firewall.sync()
         await backend.retire_others(self._driver, parameters)
 
     async def _start(self, before: Elements) -> int:

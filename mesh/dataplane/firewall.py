@@ -56,7 +56,8 @@ def missing(listed: str, layout: Layout) -> bool:
     """
     policy, *rules = (line.replace('"', "") for line in listed.splitlines() if line[:1] == "-")
     ours = [f"-A FORWARD {rule}" for rule in _present(listed)]
-    if len(ours) == len(rules) and policy.endswith("ACCEPT"):
+    others = [rule for rule in rules if rule not in (*ours, "-A FORWARD -j MESH-FORWARD")]
+    if not others and policy.endswith("ACCEPT"):
         return ours not in ([], [f"-A FORWARD {_rule(layout)}"])
     return ours != [f"-A FORWARD {_rule(layout)}"] or rules[:1] != ours
 

@@ -47,6 +47,9 @@ _LOCK_SECONDS: Final = "20"
 _POLL_SECONDS: Final = 0.3
 _DOUBT_SECONDS: Final = 10.0
 
+_RELEASE_SECONDS: Final = (0.02, 0.1, 0.5, 0)
+"""How long to wait each time when a set is in use that should not be."""
+
 _NO_BRIDGE: Final = (
     "replicas on this node cannot reach each other through a service: nft is needed for it"
 )
@@ -74,6 +77,7 @@ class IptablesDriver:
         self._version = {f: xtables.version(tables) for f, tables in self._program.items()}
         self._bridge = program.build(parameters).bridge
         self._image: Image | None = None
+        self._attached = True
         self._problems: tuple[Problem, ...] = ()
         self._lock = asyncio.Lock()
         self._watch: XtablesWatch | None = None
@@ -87,20 +91,35 @@ class IptablesDriver:
         """Load the static chains and sets, or adopt those that are loaded.  Raises CommandFailed.
 
         The same ones, untouched by anybody: left alone.  Another version, or damaged ones: each
-        table is written at once, and the pools that can still be read stay.
+        table is written at once, and the pools that can still be read stay.  None: loaded, and
+        `attach` has yet to lead packets there.
         """
         async with self._lock:
             await self._ipset([*ipsets.program()])
             found = await self._find()
+            self._attached = self._is_hooked(found)
             stale = [family for family in FAMILIES if not self._is_intact(family, found)]
             await _together(self._load(family, found) for family in stale)
-            if not stale:
-                await _together(self._hook(family, found) for family in FAMILIES)
+            if not stale and self._attached:
+                await _together(self._hook(f, found.tables[f]) for f in FAMILIES)
             await self._load_bridge()
+            await self._destroy(sorted(ipsets.lists(found.sets) - found.image.lists()))
             self._image = found.image
             self._settle()
             how = "loaded" if stale else "adopted"
             _log.info("iptables flavour=%s program=%s", self._flavour, how)
+
+    async def attach(self) -> None:
+        """Jump to our chains from the hooks: mangle, which gives flows their marks, last.
+
+        Raises CommandFailed.
+        """
+        async with self._lock:
+            if not self._attached:
+                await _together(self._hook(family, {}) for family in FAMILIES)
+                self._attached = True
+                self._settle()
+                _log.info("iptables flavour=%s program=attached", self._flavour)
 
     async def damaged(self) -> bool:
         """Whether somebody took out one of our jumps, or emptied our sets; cheap enough to poll."""
@@ -188,8 +207,10 @@ class IptablesDriver:
             change = image.effective(delta)
             if not change:
                 return
+            plan = await asyncio.to_thread(image.plan, change)
             try:
-                await self._run(await asyncio.to_thread(image.plan, change))
+                await self._run(plan.stages)
+                await self._destroy(plan.unused)
             except CommandFailed as error:
                 image.update(Delta(change.add, change.remove))
                 raise _explained(error) from error
@@ -236,16 +257,37 @@ class IptablesDriver:
 
         What another backend of the mesh uses as well stays.
         """
+        await self.remove_chains()
+        async with self._lock:
+            if await self._destroy(ipsets.by_use(await self._sets())):
+                await self._unload_bridge()
+
+    async def remove_chains(self) -> None:
+        """Delete our chains alone: the other flavour has the same sets."""
         async with self._lock:
             self._image = None
             found = await self._find()
             await _together(self._unload(family, found) for family in FAMILIES)
+
+    async def _destroy(self, names: list[str]) -> bool:
+        """Destroy sets, of which the first is in use if any is; False if so.
+
+        The kernel lets go of rules of iptables-nft some time after they are deleted.
+        """
+        for delay in _RELEASE_SECONDS:
+            there = await self._sets() if names else ()
             try:
-                await self._ipset([f"destroy {name}\n" for name in ipsets.by_use(found.sets)])
+                await self._ipset([f"destroy {name}" for name in names if name in there])
             except CommandFailed as error:
-                _log.info("iptables sets stay, the other flavour uses them: %s", error)
+                _log.info("iptables sets in use: %s", error)
+                await asyncio.sleep(delay)
             else:
-                await self._unload_bridge()
+                return True
+        return False
+
+    async def _sets(self) -> set[str]:
+        """The names of our sets."""
+        return ipsets.ours(await command.run("ipset", "list", "-n"))
 
     def close(self) -> None:
         """Stop looking; the kernel keeps forwarding."""
@@ -270,11 +312,19 @@ class IptablesDriver:
         return ipsets.is_whole(found.sets) and not any(self._differences(family, found))
 
     def _differences(self, family: Family, found: _Found) -> Iterator[Problem]:
-        return xtables_intact.differences(
-            f"{_IP[family]}-{self._flavour}",
-            self._whole(family),
-            found.tables[family],
-            found.image.chains(family),
+        where, saved = f"{_IP[family]}-{self._flavour}", found.tables[family]
+        static = self._whole(family)
+        if self._attached:
+            yield from xtables_intact.unhooked(where, static.tables, saved)
+        dynamic = found.image.chains(family)
+        yield from xtables_intact.differences(where, static, saved, dynamic)
+
+    def _is_hooked(self, found: _Found) -> bool:
+        """Whether packets get to any of our chains."""
+        return any(
+            xtables.hooked(static, found.tables[family].get(table, _EMPTY))
+            for family, tables in self._program.items()
+            for table, static in tables.items()
         )
 
     def _whole(self, family: Family) -> xtables_intact.Program:
@@ -290,7 +340,7 @@ class IptablesDriver:
             saved = tables.get(table, _EMPTY)
             wanted = static.chains | dynamic.get(table, {})
             gone: dict[str, Rules] = dict.fromkeys(xtables.ours(table, static, saved), ())
-            hooks = xtables.hook_commands(static, saved)
+            hooks = xtables.hook_commands(static, saved) if self._attached else ()
             text += xtables.restore(table, Delta(gone, {xtables.CANARY: (), **wanted}), hooks)
         await self._restore(family, text)
         written = xtables.parse(await command.run(f"{_IP[family]}-{self._flavour}-save"))
@@ -301,16 +351,13 @@ class IptablesDriver:
             text += xtables.restore(table, Delta({}, rules))
         await self._restore(family, text)
 
-    async def _hook(self, family: Family, found: _Found) -> None:
-        """Be the first again in each hook."""
-        tables = self._program[family].items()
-        await self._restore(
-            family,
-            "".join(
-                xtables.restore(t, Delta(), xtables.hook_commands(s, found.tables[family][t]))
-                for t, s in tables
-            ),
-        )
+    async def _hook(self, family: Family, saved: Mapping[str, Saved]) -> None:
+        """Be the first in each hook of the saved tables."""
+        text = ""
+        for table, static in self._program[family].items():
+            hooks = xtables.hook_commands(static, saved.get(table, _EMPTY))
+            text += xtables.restore(table, Delta(), hooks)
+        await self._restore(family, text)
 
     async def _unload(self, family: Family, found: _Found) -> None:
         text = ""

@@ -35,6 +35,9 @@ class MemoryDriver:
         if self._elements is None:
             self._elements = {}
 
+    async def attach(self) -> None:
+        """See Driver.attach: there are no packets."""
+
     async def read(self) -> Elements:
         """Every element.  Raises NotFound before `prepare` and after `remove`."""
         return dict(self._prepared())

@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 _RECREATE: Final = "table inet mesh\ndelete table inet mesh\n"
 _UPGRADE: Final = "flush table inet mesh\n"
 _STATIC: Final = ("own4", "own6", "closed4", "closed6", "sizes")
+_IN_FLIGHT_SECONDS: Final = 0.05
+"""A packet that has entered a chain has left it by then."""
+
 _IN_LOOP: Final = 500
 """Elements that are packed and committed within the event loop: about 5 ms at most."""
 
@@ -51,6 +54,7 @@ class NftablesDriver:
         self._program = program.build(parameters)
         self._socket = Socket()
         self._sizes: frozenset[int] = frozenset()
+        self._attached = False
         self._lock = asyncio.Lock()
         self._watch: Watch | None = None
 
@@ -63,12 +67,14 @@ class NftablesDriver:
         """Load the program, or adopt the one that is loaded.  Raises CommandFailed.
 
         The same program, untouched by anybody: left alone.  Another version, or a damaged one:
-        replaced in place, which keeps all elements and loses no packet.  Other sets: replaced
-        whole, without elements.
+        replaced in place, which keeps all elements and loses no packet.  Other sets, or none:
+        loaded without elements, and `attach` has yet to lead packets there.
         """
         async with self._lock:
             with _reading():
                 loaded, witness, sizes = self._loaded(), self._witness(), self._dispatched()
+                there = nfmessages.chains(self._socket, INET).keys()
+            self._attached = bool(there & self._program.base_chains)
             if loaded.schema != self._program.schema:
                 await self._create()
             elif (loaded.version, loaded.witness) != (self._program.version, witness):
@@ -77,12 +83,22 @@ class NftablesDriver:
                 self._sizes = sizes
                 _log.info("nftables program=adopted version=%x", self._program.version)
 
+    async def attach(self) -> None:
+        """Load the chains that packets enter by, all at once.  Raises CommandFailed."""
+        async with self._lock:
+            if not self._attached:
+                await self._extend(self._program.hooks)
+                self._attached = True
+                _log.info("nftables program=attached")
+
     async def _create(self) -> None:
-        await self._load(_RECREATE + self._program.inet, "created", frozenset())
+        self._attached = False
+        await self._load(_RECREATE + self._program.unhooked, "created", frozenset())
 
     async def _replace(self, extra: frozenset[int]) -> None:
+        whole = self._program.inet if self._attached else self._program.unhooked
         more = program.size_chains(extra, self._layout)
-        text = _UPGRADE + self._program.inet + more + self._stale(extra)
+        text = _UPGRADE + whole + more + self._stale(extra)
         try:
             await self._load(text, "replaced", extra)
         except CommandFailed as error:
@@ -226,13 +242,17 @@ class NftablesDriver:
                 self._commit(removals(chunk.name, keys))
 
     async def _add_sizes(self, sizes: frozenset[int]) -> None:
-        before = nfmessages.generation(self._socket)
-        intact = self._loaded().witness == self._witness()
         try:
-            await command.run("nft", "-f", "-", input=program.size_chains(sizes, self._layout))
+            await self._extend(program.size_chains(sizes, self._layout))
         except CommandFailed as error:
             raise ApplyFailed(f"pool sizes {sorted(sizes)}: {error}") from error
         self._sizes |= sizes
+
+    async def _extend(self, text: str) -> None:
+        """Load more of the program into what is there."""
+        before = nfmessages.generation(self._socket)
+        intact = self._loaded().witness == self._witness()
+        await command.run("nft", "-f", "-", input=text)
         if intact:
             self._write_witness(before + 1)
 
@@ -307,6 +327,18 @@ async def _readable(descriptor: int) -> None:
         await ready
     finally:
         loop.remove_reader(descriptor)
+
+
+async def retire(netlink: Socket) -> None:
+    """Delete `table inet mesh` while another backend takes over.  Raises HostNotReady.
+
+    Its base chains go first: a packet on its way through them would miss in maps that go as well,
+    and be dropped.
+    """
+    names = nfmessages.base_chains(netlink, INET)
+    netlink.transact([nfmessages.delete_chain(INET, name) for name in names])
+    await asyncio.sleep(_IN_FLIGHT_SECONDS)
+    remove_tables(netlink, (INET,))
 
 
 def remove_tables(netlink: Socket, families: Iterable[int] = (INET, BRIDGE)) -> None:

@@ -41,7 +41,14 @@ class Driver(Protocol):
         ...
 
     async def prepare(self) -> None:
-        """Make the static program exist: load it, upgrade it in place, or adopt it as it is."""
+        """Make the static program exist: load it, upgrade it in place, or adopt it as it is.
+
+        Packets meet one that was not there before once it is attached.
+        """
+        ...
+
+    async def attach(self) -> None:
+        """Lead packets through the program, which is complete now; nothing if they go there."""
         ...
 
     async def read(self) -> Elements:

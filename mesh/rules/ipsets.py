@@ -63,6 +63,11 @@ def is_ours(name: str) -> bool:
     return name == CANARY or name[5:] in KEPT or bool(_ALLOW.fullmatch(name))
 
 
+def ours(listed: str) -> set[str]:
+    """The names of our sets in what `ipset list -n` printed."""
+    return set(filter(is_ours, listed.split()))
+
+
 def program() -> list[str]:
     """Creates the sets; harmless where they exist."""
     lines = [
@@ -207,6 +212,11 @@ def by_use(names: set[str]) -> list[str]:
         *sorted(filter(_ALLOW.fullmatch, names)),
         *sorted(names & {CANARY}),
     ]
+
+
+def lists(names: set[str]) -> set[str]:
+    """Those of `names` that are sets of allow lists."""
+    return set(filter(_ALLOW.fullmatch, names))
 
 
 def sets_of(found: Mapping[ElementKey, bytes], layout: Layout) -> Iterator[str]:

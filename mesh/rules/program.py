@@ -43,6 +43,7 @@ _ICMP_ERRORS: Final = {
 }
 _DEVICE: Final = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_BASE_CHAIN: Final = re.compile(r"^ chain (\w+) {\n  type .*\n(?:  .*\n)* }\n", re.MULTILINE)
 
 
 class Devices(NamedTuple):
@@ -166,6 +167,22 @@ class Program:
     def sized(self, sizes: frozenset[int]) -> str:
         """`inet`, with a chain for each of these pool sizes too."""
         return self.inet + size_chains(sizes - static_sizes(self.layout), self.layout)
+
+    @property
+    def unhooked(self) -> str:
+        """`inet` without its base chains: no packet meets anything of it."""
+        return _BASE_CHAIN.sub("", self.inet)
+
+    @property
+    def hooks(self) -> str:
+        """What `unhooked` lacks; one transaction, so that packets meet all of it at once."""
+        blocks = "".join(found[0] for found in _BASE_CHAIN.finditer(self.inet))
+        return f"table inet mesh {{\n{blocks}}}\n"
+
+    @property
+    def base_chains(self) -> frozenset[str]:
+        """The chains that the kernel calls."""
+        return frozenset(_BASE_CHAIN.findall(self.inet))
 
     @property
     def chains(self) -> frozenset[str]:

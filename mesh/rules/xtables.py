@@ -134,9 +134,10 @@ def ours(table: str, static: Table, saved: Saved) -> set[str]:
     return {name for name in saved.chains if name in names or OWN.fullmatch(name)}
 
 
-def is_hooked(static: Table, saved: Saved) -> bool:
-    """Whether every hook jumps to our chain, if not first."""
-    return all(f"-j {chain}" in saved.chains.get(hook, ()) for hook, chain in static.hooks.items())
+def hooked(static: Table, saved: Saved) -> set[str]:
+    """The hooks that jump to our chain."""
+    hooks = static.hooks.items()
+    return {hook for hook, chain in hooks if f"-j {chain}" in saved.chains.get(hook, ())}
 
 
 def hook_commands(static: Table, saved: Saved) -> list[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     ElementDelta = Delta[ElementKey, bytes]
 
 _PEERS: Final = frozenset(xtables_peers.CHAINS)
+_LISTED: Final = ("limited", "allow4", "allow6")
 
 
 class Step(NamedTuple):
@@ -36,6 +37,13 @@ class Step(NamedTuple):
 
 Stage = list[Step]
 """Steps that may run at once."""
+
+
+class Plan(NamedTuple):
+    """The stages of a change in order, and the sets that nothing uses afterwards."""
+
+    stages: list[Stage]
+    unused: list[str]
 
 
 class Image:
@@ -137,8 +145,13 @@ class Image:
             {k: v for k, v in delta.add.items() if self.get(k) != v},
         )
 
-    def plan(self, delta: ElementDelta) -> list[Stage]:
-        """The steps of an effective change, in order; afterwards this image holds the change."""
+    def lists(self) -> set[str]:
+        """The sets of allow lists that are in use."""
+        held = {(name, text): b"" for name in _LISTED for text in self._sets[name]}
+        return set(ipsets.sets_of(held, self._layout))
+
+    def plan(self, delta: ElementDelta) -> Plan:
+        """The steps of an effective change; afterwards this image holds the change."""
         late, layout = self._late(delta), self._layout
         early = Delta({k: v for k, v in delta.remove.items() if k not in late}, delta.add)
         before = set(ipsets.sets_of(self._wanted_sets(delta, after=False), layout))
@@ -149,9 +162,9 @@ class Image:
             self._write(early),
             _last_entries(delta, destroyed, layout),
             self._write(Delta(late, {})),
-            [Step(None, "".join(f"destroy {name}\n" for name in destroyed), "")],
+            [Step(None, _joined(f"flush {name}" for name in destroyed), "")],
         ]
-        return [stage for stage in stages if any(step.text for step in stage)]
+        return Plan([stage for stage in stages if any(step.text for step in stage)], destroyed)
 
     def _late(self, delta: ElementDelta) -> Elements:
         """What goes after the frontends that lead there: limits, and pools with nothing left."""
@@ -174,21 +187,19 @@ class Image:
 
     def _wanted_sets(self, delta: ElementDelta, *, after: bool) -> Elements:
         """Limits and ranges of the marks that the change touches: before it, or after."""
-        names = ("limited", "allow4", "allow6")
-        touched = {
-            self._list_of(k) for part in (delta.remove, delta.add) for k in part if k[0] in names
-        }
+        parts = (delta.remove, delta.add)
+        touched = {self._list_of(key) for part in parts for key in part if key[0] in _LISTED}
         if not touched:
             return {}
         found = {
             (name, text): b""
-            for name in names
+            for name in _LISTED
             for text in self._sets[name]
             if self._list_of((name, text)) in touched
         }
         if after:
             found = {key: data for key, data in found.items() if key not in delta.remove}
-            found |= {key: data for key, data in delta.add.items() if key[0] in names}
+            found |= {key: data for key, data in delta.add.items() if key[0] in _LISTED}
         return found
 
     def _write(self, delta: ElementDelta) -> Stage:

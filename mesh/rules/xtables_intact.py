@@ -77,10 +77,6 @@ def differences(
     for table, wanted in static.tables.items():
         found = saved.get(table, _NOTHING)
         where = f"{program} -t {table}"
-        for hook, chain in wanted.hooks.items():
-            if f"-j {chain}" not in found.chains.get(hook, ()):
-                message = f"does not jump to {chain}: the agent will put the jump back"
-                yield Problem(about=f"{where} {hook}", message=message)
         yield from _of_canary(where, static, wanted, found)
         yield from _of_chains(where, table, wanted, found, dynamic.get(table, {}))
 
@@ -115,6 +111,18 @@ def _of_chains(
         else:
             continue
         yield Problem(about=f"{where} {name}", message=message)
+
+
+def unhooked(
+    program: str, static: Mapping[str, Table], saved: Mapping[str, Saved]
+) -> Iterator[Problem]:
+    """Hooks that do not jump to our chain."""
+    for table, wanted in static.items():
+        there = xtables.hooked(wanted, saved.get(table, _NOTHING))
+        for hook, chain in wanted.hooks.items():
+            if hook not in there:
+                message = f"does not jump to {chain}: the agent will put the jump back"
+                yield Problem(about=f"{program} -t {table} {hook}", message=message)
 
 
 def displaced(
