@@ -17,6 +17,7 @@ from mesh.dataplane.nfnetlink import (
     HEADER_SIZE,
     INET,
     Message,
+    attribute,
     attributes,
     generic,
     nested,
@@ -35,9 +36,9 @@ K = TypeVar("K")
 TABLE: Final = "mesh"
 
 _SUBSYSTEM: Final = 10 << 8
-_GETTABLE, _DELTABLE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_NEWTABLE, _GETTABLE, _DELTABLE = _SUBSYSTEM | 0, _SUBSYSTEM | 1, _SUBSYSTEM | 2
 _GETGEN = _SUBSYSTEM | 16
-_GETCHAIN, _DELCHAIN, _GETRULE = _SUBSYSTEM | 4, _SUBSYSTEM | 5, _SUBSYSTEM | 7
+_GETCHAIN, _GETRULE = _SUBSYSTEM | 4, _SUBSYSTEM | 7
 _NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSYSTEM | 14
 _KEY, _DATA = 1, 2
 _NESTED: Final = 0x8000
@@ -167,9 +168,10 @@ def delete_table(family: int, name: str = TABLE) -> Message:
     return Message(_DELTABLE, 0, generic(family) + text(1, name))
 
 
-def delete_chain(family: int, name: str) -> Message:
-    """The message that deletes a chain of our table with its rules."""
-    return Message(_DELCHAIN, 0, generic(family) + text(1, TABLE) + text(3, name))
+def sleep_table(family: int) -> Message:
+    """The message that makes our table dormant: whole, but no packet goes there."""
+    dormant = attribute(2, struct.pack(">I", 1))
+    return Message(_NEWTABLE, 0, generic(family) + text(1, TABLE) + dormant)
 
 
 def read_elements(socket: Socket, names: Iterable[str]) -> Elements:
@@ -234,23 +236,14 @@ def tables(socket: Socket) -> list[tuple[int, str]]:
 
 def chains(socket: Socket, family: int) -> dict[str, bytes]:
     """The chains of our table: what identifies each and says where it is hooked."""
-    # 2 handle, 3 name, 4 hook, 5 policy
-    return {
-        name: b"".join(parts.get(kind, b"") for kind in (2, 3, 4, 5))
-        for name, parts in _our_chains(socket, family)
-    }
-
-
-def base_chains(socket: Socket, family: int) -> list[str]:
-    """The chains of our table that the kernel calls."""
-    return [name for name, parts in _our_chains(socket, family) if 4 in parts]
-
-
-def _our_chains(socket: Socket, family: int) -> Iterator[tuple[str, dict[int, bytes]]]:
+    found = {}
     for answer in socket.dump(Message(_GETCHAIN, 0, generic(family))):
         parts = dict(attributes(answer, 4))
         if parts[1] == TABLE.encode() + b"\0":
-            yield parts[3].rstrip(b"\0").decode(errors="replace"), parts
+            # 2 handle, 3 name, 4 hook, 5 policy
+            name = parts[3].rstrip(b"\0").decode(errors="replace")
+            found[name] = b"".join(parts.get(kind, b"") for kind in (2, 3, 4, 5))
+    return found
 
 
 def rule_counts(socket: Socket, family: int) -> dict[str, int]:

@@ -332,11 +332,10 @@ async def _readable(descriptor: int) -> None:
 async def retire(netlink: Socket) -> None:
     """Delete `table inet mesh` while another backend takes over.  Raises HostNotReady.
 
-    Its base chains go first: a packet on its way through them would miss in maps that go as well,
-    and be dropped.
+    Dormant first: a packet that is still in one of its chains would miss in maps that go at once
+    with the table, or with a rule, and be dropped.
     """
-    names = nfmessages.base_chains(netlink, INET)
-    netlink.transact([nfmessages.delete_chain(INET, name) for name in names])
+    netlink.transact([nfmessages.sleep_table(INET)])
     await asyncio.sleep(_IN_FLIGHT_SECONDS)
     remove_tables(netlink, (INET,))
 

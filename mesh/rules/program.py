@@ -93,6 +93,12 @@ class Parameters:
             layout=layout,
         )
 
+    @property
+    def free_ports(self) -> str:
+        """Source ports for what is masqueraded over UDP: answers to the steering port are lost."""
+        port = self.steering_port
+        return f"{port + 1}-65535" if port < 1 << 15 else f"1024-{port - 1}"
+
     def words(self, family: Family) -> dict[str, str]:
         """What the words of program.nft mean; those in capitals are the same in both families."""
         index, ip = FAMILIES.index(family), _IP[family]
@@ -108,6 +114,7 @@ class Parameters:
             "BRIDGE": f'"{self.devices.bridge}"',
             "MAC": self.devices.bridge_mac,
             "TUNNEL": str(self.steering_port),
+            "FREE": self.free_ports,
             "SUBNET4": network.subnet(Family.V4),
             "SUBNET6": network.subnet(Family.V6),
             "ip": ip,

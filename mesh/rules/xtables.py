@@ -205,6 +205,7 @@ def _words(parameters: Parameters, family: Family) -> dict[str, str]:
         "STEER": devices.steering,
         "BRIDGE": devices.bridge,
         "TUNNEL": str(parameters.steering_port),
+        "FREE": parameters.free_ports,
         "SELF": _self_bytecode(family),
         "f": family.suffix,
         "overlay": f"{network.overlay_address(family)}/{family.bits}",
