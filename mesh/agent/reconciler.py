@@ -110,7 +110,7 @@ class Reconciler:
         """
         async with self._writing:
             if not self._staged:
-                self._stage(self._state.services(), nodes=True)
+                self._stage(sorted(self._state.services()), nodes=True)
                 self._staged = True
             return await self._resync()
 

@@ -39,6 +39,7 @@ async def driver(request: pytest.FixtureRequest, namespace: None) -> AsyncIterat
     memory = request.param == "memory"
     found = MemoryDriver() if memory else drivers.make(request.param, rules.PARAMETERS)
     await found.prepare()
+    await found.attach()
     yield found
     found.close()
 

@@ -83,6 +83,7 @@ def flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
 async def driver(flavour: Flavour) -> AsyncIterator[IptablesDriver]:
     made = IptablesDriver(rules.PARAMETERS, flavour)
     await made.prepare()
+    await made.attach()
     await made.apply(Delta(add=lowered()))
     yield made
     made.close()
@@ -93,6 +94,7 @@ async def heal(driver: IptablesDriver) -> int:
     await driver.prepare()
     delta = Delta.between(await driver.read(), lowered())
     await driver.apply(delta)
+    await driver.attach()
     return len(delta)
 
 
@@ -200,6 +202,7 @@ async def test_one_flavour_goes_and_the_other_stays_whole(flavour: Flavour) -> N
     await old.apply(Delta(add=lowered()))
     await new.prepare()
     await new.apply(Delta.between(await new.read(), lowered()))
+    await new.attach()
 
     await old.remove()
     await new.prepare()

@@ -48,6 +48,7 @@ def namespace() -> Iterator[None]:
 async def driver() -> AsyncIterator[NftablesDriver]:
     found = NftablesDriver(rules.PARAMETERS)
     await found.prepare()
+    await found.attach()
     await found.apply(Delta(add=SERVICE))
     yield found
     found.close()

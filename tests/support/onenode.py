@@ -119,6 +119,7 @@ def one_node(backend: str = "nftables", layout: Layout = marks.DEFAULT) -> Itera
             driver = drivers.make(backend, replace(rules.PARAMETERS, layout=layout))
         stack.callback(driver.close)
         node.run(driver.prepare())
+        node.run(driver.attach())
         yield OneNode(node, client, driver, servers, Ids(layout))
 
 

@@ -203,7 +203,7 @@ def steps(before: Elements, after: Elements) -> list[str]:
     image = holding(before)
     delta = Delta.between(before, after)
     image.check(delta)
-    stages = image.plan(image.effective(delta))
+    stages = image.plan(image.effective(delta)).stages
     assert image.elements() == after
     return ["".join(step.text for step in stage) for stage in stages]
 
@@ -250,8 +250,8 @@ def test_undoing_the_steps_gives_the_chains_there_were() -> None:
     before = lowered(service(1, {"10.0.1.2": 1}), ids=ids)
     after = lowered(service(1, {"10.0.1.3": 1}), service(2, {"10.0.1.4": 1}), ids=ids)
     image = holding(before)
-    forth = image.plan(image.effective(Delta.between(before, after)))
-    back = image.plan(image.effective(Delta.between(after, before)))
+    forth = image.plan(image.effective(Delta.between(before, after))).stages
+    back = image.plan(image.effective(Delta.between(after, before))).stages
 
     undone = [step.undo for stage in reversed(forth) for step in stage if step.undo]
     redone = [step.text for stage in back for step in stage if step.text]

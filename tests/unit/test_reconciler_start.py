@@ -1,0 +1,111 @@
+"""How an agent takes over a kernel: whole before packets meet it, and nothing lost when it fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mesh.agent.reconciler import Reconciler
+from mesh.agent.state import State
+from mesh.dataplane.memory import MemoryDriver
+from mesh.errors import ApplyFailed, NotFound
+from tests.support import records
+from tests.support.records import KEYS
+
+if TYPE_CHECKING:
+    from mesh.dataplane.protocol import ElementDelta
+    from mesh.rules.elements import ElementKey, Elements
+
+SERVICES = 7
+
+
+class Kernel(MemoryDriver):
+    """Remembers what it held when packets first met it, and what was ever taken out."""
+
+    chunk = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attached: Elements | None = None
+        self.removed: set[ElementKey] = set()
+        self.failing: list[Exception] = []
+        self.applied = 0
+
+    async def attach(self) -> None:
+        if self.attached is None:
+            self.attached = await self.read()
+
+    async def apply(self, delta: ElementDelta) -> None:
+        if self.failing:
+            raise self.failing.pop()
+        self.applied += 1
+        self.removed |= delta.remove.keys() - delta.add.keys()
+        await super().apply(delta)
+
+
+def a_state(services: int = SERVICES) -> State:
+    found = records.cluster()
+    for number in range(1, services + 1):
+        name, port = f"web{number}", 8000 + number
+        found |= records.service(name, {"target": 80, "published": port, "mode": "ingress"})
+        found |= records.task(name, f"{name}-1", 1, number + 1)
+        found |= records.vip(name, number) | records.ingress(name, port, 80)
+    state = State(KEYS, "n1")
+    state.apply(records.snapshot(found))
+    return state
+
+
+async def started(kernel: Kernel, state: State, before: Elements | None = None) -> Reconciler:
+    await kernel.prepare()
+    made = Reconciler(state, kernel, lambda _delta: None)
+    await made.start(before or {})
+    return made
+
+
+async def test_packets_meet_the_rules_once_all_services_are_in() -> None:
+    kernel = Kernel()
+
+    await started(kernel, a_state())
+
+    assert kernel.applied > SERVICES // kernel.chunk
+    assert kernel.attached == await kernel.read()
+
+
+async def test_what_nobody_wants_is_gone_before_packets_meet_it() -> None:
+    kernel = Kernel()
+    await started(kernel, a_state())
+    kernel.attached = None
+
+    await started(kernel, a_state(2))
+
+    assert kernel.removed
+    assert kernel.attached == await kernel.read()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_a_start_that_fails_half_way_takes_nothing_from_a_service(failures: int) -> None:
+    kernel = Kernel()
+    await started(kernel, a_state(SERVICES - 1))
+    held = await kernel.read()
+    kernel.failing = [ApplyFailed("refused") for _ in range(failures)]
+
+    await started(kernel, a_state())
+
+    assert not kernel.removed & held.keys()
+    assert (await kernel.read()).keys() > held.keys()
+
+
+async def test_a_start_whose_kernel_was_emptied_is_healed_whole() -> None:
+    kernel, whole = Kernel(), Kernel()
+    await started(whole, a_state())
+    await kernel.prepare()
+    reconciler = Reconciler(a_state(), kernel, lambda _delta: None)
+    kernel.failing = [NotFound("the table is gone")]
+    with pytest.raises(NotFound):
+        await reconciler.start({})
+
+    await reconciler.heal()
+
+    assert await kernel.read() == await whole.read()
+    assert kernel.attached == await kernel.read()
