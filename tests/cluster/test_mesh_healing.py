@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 WEB: Final = 8080
-KINDS: Final = ("vips", "meshports", "targets", "known", "nodes", "via", "zones", "sizes")
+KINDS: Final = ("vips", "meshports", "targets", "known", "nodes", "via", "zones")
 
 
 @pytest.fixture(scope="module")

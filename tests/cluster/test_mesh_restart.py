@@ -1,6 +1,6 @@
 """What an agent's end, and changes of a service's replicas, do to its clients: nothing.
 
-One lab of three nodes with two replicas each, which every test leaves as it found it.
+On every backend, one lab of three nodes with two replicas each, which every test leaves as it found it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from mesh.model.publish import Protocol
+from tests.support import drivers
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
 from tests.support.requests import BRIEF, Answer, Ask, again, held, stream
 
@@ -28,10 +29,10 @@ CYCLE: Final = 72
 IDENTITY: Final = ("vips", "meshports", "targets", "known", "hairpin", "nodes", "via")
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=drivers.KERNEL)
+def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     placed = ((id, {"a": "n1", "b": "n2", "d": "n3"}[id[0]]) for id in REPLICAS)
-    with cluster("restart", 3, *placed) as made:
+    with cluster("restart", 3, *placed, backend=request.param) as made:
         asyncio.run(_furnish(made))
         yield made
 

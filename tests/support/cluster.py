@@ -21,8 +21,11 @@ from msgspec.structs import replace
 
 from mesh.agent import config
 from mesh.lab import client, control, wire
+from mesh.model.cluster import Cluster as Mesh
 from mesh.model.publish import Protocol
-from tests.support import gateway
+from mesh.rules.program import Devices, Parameters
+from mesh.store import schema
+from tests.support import gateway, readback
 from tests.support.layouts import marks_of
 from tests.support.requests import Answer, Ask, ask, replicas
 
@@ -135,14 +138,21 @@ class Cluster:
         return self.asks(("c1", "c2"), (a for n in names for a in self.addresses(n)), port)
 
     def elements(self, node: str, *kinds: str) -> dict[str, str]:
-        """The elements of the mesh's sets and maps in a node's kernel, by the set's name."""
-        listed = json.loads(self.sh(node, "nft", "-j", "list", "table", "inet", "mesh"))
-        sets = [one[kind] for one in listed["nftables"] for kind in ("set", "map") if kind in one]
-        return {
-            one["name"]: json.dumps(sorted(map(json.dumps, one.get("elem", ()))))
-            for one in sets
-            if one["name"].rstrip("46") in kinds
-        }
+        """The elements of the mesh's sets and maps in a node's kernel, by the set's name.
+
+        Whatever the backend; none while they are damaged.
+        """
+        backend = self.records.get(f"applied/{node}")["backend"]
+        found = readback.read(self.netns(node), backend, self.parameters(node))
+        return readback.told(found, *kinds)
+
+    def parameters(self, node: str) -> Parameters:
+        """What a node's program is made from."""
+        settings = schema.decode("cluster", json.dumps(self.records.get("cluster")).encode(), Mesh)
+        held = self.records.under("allocations/nodes/").items()
+        (number,) = (int(key) for key, record in held if record["node"] == node)
+        mac = settings.network(number).bridge_mac
+        return Parameters.of(settings, number, Devices("warren0", "warren-x0", "warren-br0", mac))
 
     async def refresh(self) -> None:
         """Ask the lab again: processes and namespaces change when something is started anew."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
     from mesh.rules.elements import ElementKey, Elements
 
-SERVICES = 7
+SERVICES = range(1, 8)
 
 
 class Kernel(MemoryDriver):
@@ -44,9 +44,9 @@ class Kernel(MemoryDriver):
         await super().apply(delta)
 
 
-def a_state(services: int = SERVICES) -> State:
+def a_state(services: range = SERVICES) -> State:
     found = records.cluster()
-    for number in range(1, services + 1):
+    for number in services:
         name, port = f"web{number}", 8000 + number
         found |= records.service(name, {"target": 80, "published": port, "mode": "ingress"})
         found |= records.task(name, f"{name}-1", 1, number + 1)
@@ -68,7 +68,7 @@ async def test_packets_meet_the_rules_once_all_services_are_in() -> None:
 
     await started(kernel, a_state())
 
-    assert kernel.applied > SERVICES // kernel.chunk
+    assert kernel.applied > len(SERVICES) // kernel.chunk
     assert kernel.attached == await kernel.read()
 
 
@@ -77,7 +77,7 @@ async def test_what_nobody_wants_is_gone_before_packets_meet_it() -> None:
     await started(kernel, a_state())
     kernel.attached = None
 
-    await started(kernel, a_state(2))
+    await started(kernel, a_state(SERVICES[:2]))
 
     assert kernel.removed
     assert kernel.attached == await kernel.read()
@@ -86,7 +86,7 @@ async def test_what_nobody_wants_is_gone_before_packets_meet_it() -> None:
 @pytest.mark.parametrize("failures", [1, 2])
 async def test_a_start_that_fails_half_way_takes_nothing_from_a_service(failures: int) -> None:
     kernel = Kernel()
-    await started(kernel, a_state(SERVICES - 1))
+    await started(kernel, a_state(SERVICES[1:]))
     held = await kernel.read()
     kernel.failing = [ApplyFailed("refused") for _ in range(failures)]
 
