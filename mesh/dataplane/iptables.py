@@ -11,11 +11,12 @@ import asyncio
 import logging
 import shutil
 from contextlib import closing
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from mesh.dataplane import command, nfmessages
+from mesh.dataplane import command, nfmessages, xtprograms
 from mesh.dataplane.nfnetlink import BRIDGE, Socket
 from mesh.dataplane.protocol import Examined
+from mesh.dataplane.xtprograms import PROGRAMS, Programs
 from mesh.dataplane.xtwatch import XtablesWatch
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, NotFound
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator, Mapping
 
     from mesh.dataplane.protocol import ElementDelta
+    from mesh.dataplane.xtprograms import Flavour
     from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
@@ -36,19 +38,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Flavour = Literal["legacy", "nft"]
-
 _log = logging.getLogger(__name__)
-
-_IP: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
-_LOCK_SECONDS: Final = "20"
-"""How long to wait for other programs that hold the xtables lock."""
 
 _POLL_SECONDS: Final = 0.3
 _DOUBT_SECONDS: Final = 10.0
-
-_RELEASE_SECONDS: Final = (0.02, 0.1, 0.5, 0)
-"""How long to wait each time when a set is in use that should not be."""
 
 _NO_BRIDGE: Final = (
     "replicas on this node cannot reach each other through a service: nft is needed for it"
@@ -71,7 +64,7 @@ class IptablesDriver:
 
     def __init__(self, parameters: Parameters, flavour: Flavour) -> None:
         self.name = f"iptables-{flavour}"
-        self._flavour = flavour
+        self._programs = Programs(flavour)
         self._layout = parameters.layout
         self._program = {family: xtables.program(parameters, family) for family in FAMILIES}
         self._version = {f: xtables.version(tables) for f, tables in self._program.items()}
@@ -95,7 +88,7 @@ class IptablesDriver:
         `attach` has yet to lead packets there.
         """
         async with self._lock:
-            await self._ipset([*ipsets.program()])
+            await xtprograms.ipset(ipsets.program())
             found = await self._find()
             self._attached = self._is_hooked(found)
             stale = [family for family in FAMILIES if not self._is_intact(family, found)]
@@ -103,11 +96,11 @@ class IptablesDriver:
             if not stale and self._attached:
                 await _together(self._hook(f, found.tables[f]) for f in FAMILIES)
             await self._load_bridge()
-            await self._destroy(sorted(ipsets.lists(found.sets) - found.image.lists()))
+            await xtprograms.destroy(sorted(ipsets.lists(found.sets) - found.image.lists()))
             self._image = found.image
             self._settle()
             how = "loaded" if stale else "adopted"
-            _log.info("iptables flavour=%s program=%s", self._flavour, how)
+            _log.info("iptables flavour=%s program=%s", self._programs.flavour, how)
 
     async def attach(self) -> None:
         """Jump to our chains from the hooks: mangle, which gives flows their marks, last.
@@ -119,7 +112,7 @@ class IptablesDriver:
                 await _together(self._hook(family, {}) for family in FAMILIES)
                 self._attached = True
                 self._settle()
-                _log.info("iptables flavour=%s program=attached", self._flavour)
+                _log.info("iptables flavour=%s program=attached", self._programs.flavour)
 
     async def damaged(self) -> bool:
         """Whether somebody took out one of our jumps, or emptied our sets; cheap enough to poll."""
@@ -128,8 +121,8 @@ class IptablesDriver:
             for family, tables in self._program.items():
                 for table, static in tables.items():
                     hook, chain = next(iter(static.hooks.items()))
-                    argv = (f"{_IP[family]}-{self._flavour}", "-w", _LOCK_SECONDS, "-t", table)
-                    if f"-A {hook} -j {chain}\n" not in await command.run(*argv, "-S", hook):
+                    jump = f"-A {hook} -j {chain}\n"
+                    if jump not in await self._programs.rules(family, table, hook):
                         return True
         except CommandFailed:
             return True
@@ -141,7 +134,7 @@ class IptablesDriver:
         """
         clock = asyncio.get_running_loop().time
         if self._watch is None:
-            self._watch = XtablesWatch(self._flavour)
+            self._watch = XtablesWatch(self._programs.flavour)
         doubtful = False
         while True:
             await asyncio.sleep(_POLL_SECONDS)
@@ -181,12 +174,12 @@ class IptablesDriver:
         differences = [*xtables_intact.missing_sets(found.sets)]
         for family in FAMILIES:
             differences += self._differences(family, found)
-            program, static = f"{_IP[family]}-{self._flavour}", self._program[family]
+            program, static = self._programs.name(family), self._program[family]
             differences += xtables_intact.displaced(program, static, found.tables[family])
         return Examined(
             held,
-            {_IP[family]: xtables_intact.loaded(found.tables[family]) for family in FAMILIES},
-            {_IP[family]: self._version[family] for family in FAMILIES},
+            {PROGRAMS[f]: xtables_intact.loaded(found.tables[f]) for f in FAMILIES},
+            {PROGRAMS[f]: self._version[f] for f in FAMILIES},
             (*differences, *_bridge_gone()),
         )
 
@@ -210,7 +203,7 @@ class IptablesDriver:
             plan = await asyncio.to_thread(image.plan, change)
             try:
                 await self._run(plan.stages)
-                await self._destroy(plan.unused)
+                await xtprograms.destroy(plan.unused)
             except CommandFailed as error:
                 image.update(Delta(change.add, change.remove))
                 raise _explained(error) from error
@@ -229,9 +222,9 @@ class IptablesDriver:
 
     async def _do(self, step: Step) -> None:
         if step.family is not None:
-            await self._restore(step.family, step.text)
+            await self._programs.restore(step.family, step.text)
         else:
-            await self._ipset([step.text])
+            await xtprograms.ipset([step.text])
 
     async def _undo(self, done: list[Stage]) -> None:
         """Take steps back, last first.  What cannot be is found by the next read."""
@@ -244,13 +237,11 @@ class IptablesDriver:
 
     async def exists(self) -> bool:
         """Whether there is any chain of ours; creates the tables it looks at."""
-        saved = await command.run(f"{_IP[Family.V4]}-{self._flavour}-save")
-        return ":MESH-" in saved
+        return ":MESH-" in await self._programs.save(Family.V4)
 
     async def layout(self) -> Layout | None:
         """How the chains that are there keep marks; None if that cannot be told."""
-        saved = await command.run(f"{_IP[Family.V4]}-{self._flavour}-save")
-        return xtables_intact.layout(xtables.parse(saved))
+        return xtables_intact.layout(xtables.parse(await self._programs.save(Family.V4)))
 
     async def remove(self) -> None:
         """Delete our chains, sets and bridge table, and nobody else's.
@@ -259,8 +250,8 @@ class IptablesDriver:
         """
         await self.remove_chains()
         async with self._lock:
-            if await self._destroy(ipsets.by_use(await self._sets())):
-                await self._unload_bridge()
+            if await xtprograms.destroy(ipsets.by_use(await xtprograms.our_sets())):
+                await xtprograms.unload_bridge()
 
     async def remove_chains(self) -> None:
         """Delete our chains alone: the other flavour has the same sets."""
@@ -268,26 +259,6 @@ class IptablesDriver:
             self._image = None
             found = await self._find()
             await _together(self._unload(family, found) for family in FAMILIES)
-
-    async def _destroy(self, names: list[str]) -> bool:
-        """Destroy sets, of which the first is in use if any is; False if so.
-
-        The kernel lets go of rules of iptables-nft some time after they are deleted.
-        """
-        for delay in _RELEASE_SECONDS:
-            there = await self._sets() if names else ()
-            try:
-                await self._ipset([f"destroy {name}" for name in names if name in there])
-            except CommandFailed as error:
-                _log.info("iptables sets in use: %s", error)
-                await asyncio.sleep(delay)
-            else:
-                return True
-        return False
-
-    async def _sets(self) -> set[str]:
-        """The names of our sets."""
-        return ipsets.ours(await command.run("ipset", "list", "-n"))
 
     def close(self) -> None:
         """Stop looking; the kernel keeps forwarding."""
@@ -301,9 +272,7 @@ class IptablesDriver:
 
     async def _find(self) -> _Found:
         """What there is.  Each flavour sees only its own tables; sets serve both."""
-        texts = await _together(
-            command.run(f"{_IP[family]}-{self._flavour}-save") for family in FAMILIES
-        )
+        texts = await _together(map(self._programs.save, FAMILIES))
         entries = await command.run("ipset", "save")
         return await asyncio.to_thread(_parsed, texts, entries, self._layout)
 
@@ -312,7 +281,7 @@ class IptablesDriver:
         return ipsets.is_whole(found.sets) and not any(self._differences(family, found))
 
     def _differences(self, family: Family, found: _Found) -> Iterator[Problem]:
-        where, saved = f"{_IP[family]}-{self._flavour}", found.tables[family]
+        where, saved = self._programs.name(family), found.tables[family]
         static = self._whole(family)
         if self._attached:
             yield from xtables_intact.unhooked(where, static.tables, saved)
@@ -342,14 +311,14 @@ class IptablesDriver:
             gone: dict[str, Rules] = dict.fromkeys(xtables.ours(table, static, saved), ())
             hooks = xtables.hook_commands(static, saved) if self._attached else ()
             text += xtables.restore(table, Delta(gone, {xtables.CANARY: (), **wanted}), hooks)
-        await self._restore(family, text)
-        written = xtables.parse(await command.run(f"{_IP[family]}-{self._flavour}-save"))
+        await self._programs.restore(family, text)
+        written = xtables.parse(await self._programs.save(family))
         text = ""
         for table, static in self._program[family].items():
             told = xtables_intact.told(self._whole(family), static, written[table])
             rules: Chains = {xtables.CANARY: (f"-m comment --comment {told}",)}
             text += xtables.restore(table, Delta({}, rules))
-        await self._restore(family, text)
+        await self._programs.restore(family, text)
 
     async def _hook(self, family: Family, saved: Mapping[str, Saved]) -> None:
         """Be the first in each hook of the saved tables."""
@@ -357,7 +326,7 @@ class IptablesDriver:
         for table, static in self._program[family].items():
             hooks = xtables.hook_commands(static, saved.get(table, _EMPTY))
             text += xtables.restore(table, Delta(), hooks)
-        await self._restore(family, text)
+        await self._programs.restore(family, text)
 
     async def _unload(self, family: Family, found: _Found) -> None:
         text = ""
@@ -366,7 +335,7 @@ class IptablesDriver:
             gone: dict[str, Rules] = dict.fromkeys(xtables.ours(table, static, saved), ())
             hooks = xtables.unhook_commands(static, saved)
             text += xtables.restore(table, Delta(gone, {}), hooks)
-        await self._restore(family, text)
+        await self._programs.restore(family, text)
 
     async def _load_bridge(self) -> None:
         """Replies between replicas on one bridge pass through the node; iptables cannot do it."""
@@ -377,25 +346,6 @@ class IptablesDriver:
             self._problems = (Problem(about="iptables", message=f"{_NO_BRIDGE} ({error})"),)
         else:
             self._problems = ()
-
-    async def _unload_bridge(self) -> None:
-        """Not while the nftables program is there: it needs the same table."""
-        try:
-            tables = (await command.run("nft", "list", "tables")).splitlines()
-            if "table bridge mesh" in tables and "table inet mesh" not in tables:
-                await command.run("nft", "delete", "table", "bridge", "mesh")
-        except CommandFailed as error:
-            _log.warning("iptables table=bridge stays: %s", error)
-
-    async def _restore(self, family: Family, text: str) -> None:
-        if text:
-            tool = f"{_IP[family]}-{self._flavour}-restore"
-            await command.run(tool, "--noflush", "-w", _LOCK_SECONDS, input=text)
-
-    async def _ipset(self, lines: list[str]) -> None:
-        text = "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
-        if text:
-            await command.run("ipset", "restore", "-exist", input=text)
 
 
 _EMPTY: Final = xtables.Saved({})

@@ -91,6 +91,7 @@ def cli(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 async def _set_up(driver: Any, change: Delta[Any, Any]) -> None:
     await driver.prepare()
     await driver.apply(change)
+    await driver.attach()
     driver.close()
 
 

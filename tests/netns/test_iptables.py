@@ -26,7 +26,7 @@ from tests.support.onenode import ADDRESSES, CONTAINERS, CROWD, SERVER_PORT, One
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from mesh.dataplane.iptables import Flavour
+    from mesh.dataplane.xtprograms import Flavour
     from mesh.rules.elements import Elements
     from mesh.rules.xtables import Chains
 

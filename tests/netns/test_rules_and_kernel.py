@@ -54,6 +54,7 @@ def of_kernel(
             if change is not None:
                 await driver.prepare()
                 await driver.apply(change)
+                await driver.attach()
             return (await driver.examine()).elements
         finally:
             driver.close()
