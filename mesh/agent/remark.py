@@ -86,6 +86,7 @@ async def _take_along(driver: Driver, elements: Elements) -> None:
         await driver.apply(Delta.between(await driver.read(), elements))
     except ApplyFailed as error:
         log.warning("elements are written later: %s", error)
+    await driver.attach()
 
 
 async def _accept(driver: Driver, layout: Layout) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from msgspec.structs import replace
 
 from mesh.agent import config
 from mesh.model.address import FAMILIES, family_of
@@ -49,6 +50,10 @@ IDENTITY: Final = (
 )  # fmt: skip
 
 
+def _configure(path: Path, backend: str) -> None:
+    path.write_text(config.dump(replace(config.load(path), backend=backend)))
+
+
 @dataclass
 class World:
     """The lab, and what drives the rules of the node that changes."""
@@ -58,10 +63,7 @@ class World:
 
     async def become(self, backend: str) -> None:
         """Have the agent come back with another backend."""
-        path = Path(self.mesh.node(NODE).config)
-        settings = config.load(path)
-        fields = {name: getattr(settings, name) for name in settings.__struct_fields__}
-        path.write_text(config.dump(config.AgentConfig(**{**fields, "backend": backend})))
+        _configure(Path(self.mesh.node(NODE).config), backend)
         await self.mesh.signal(NODE, signal.SIGTERM)
         await until(lambda: not self.mesh.agent_runs(NODE))
         await self.mesh.start_again(NODE)

@@ -1,6 +1,7 @@
 """What an agent's end, and changes of a service's replicas, do to its clients: nothing.
 
-On every backend, one lab of three nodes with two replicas each, which every test leaves as it found it.
+On every backend, one lab of three nodes with two replicas each, which every test leaves as it
+found it.
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ def _read(path: str, backend: str, parameters: Parameters) -> Elements:
 
 def told(found: Elements, *kinds: str) -> dict[str, str]:
     """Elements as people read them, by the name of their set: those of some kinds of sets."""
-    lines: dict[str, list[str]] = {
-        name: [] for name in elements.SETS if name.rstrip("46") in kinds
-    }
+    lines: dict[str, list[str]] = {name: [] for name in elements.SETS if name.rstrip("46") in kinds}
     for key, data in found.items():
         if key[0] in lines:
             lines[key[0]].append(elements.describe(key, data))

@@ -1,4 +1,4 @@
-"""How an agent takes over a kernel: whole before packets meet it, and nothing lost when it fails."""
+"""How an agent takes over a kernel: whole before packets meet it, nothing lost if it fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mesh.agent.reconciler import Reconciler
 from mesh.agent.state import State
 from mesh.dataplane.memory import MemoryDriver
 from mesh.errors import ApplyFailed, NotFound
+from mesh.rules import marks
 from tests.support import records
 from tests.support.records import KEYS
 
@@ -58,7 +59,7 @@ def a_state(services: range = SERVICES) -> State:
 
 async def started(kernel: Kernel, state: State, before: Elements | None = None) -> Reconciler:
     await kernel.prepare()
-    made = Reconciler(state, kernel, lambda _delta: None)
+    made = Reconciler(state, kernel, lambda _delta: None, marks.DEFAULT)
     await made.start(before or {})
     return made
 
@@ -100,7 +101,7 @@ async def test_a_start_whose_kernel_was_emptied_is_healed_whole() -> None:
     kernel, whole = Kernel(), Kernel()
     await started(whole, a_state())
     await kernel.prepare()
-    reconciler = Reconciler(a_state(), kernel, lambda _delta: None)
+    reconciler = Reconciler(a_state(), kernel, lambda _delta: None, marks.DEFAULT)
     kernel.failing = [NotFound("the table is gone")]
     with pytest.raises(NotFound):
         await reconciler.start({})
