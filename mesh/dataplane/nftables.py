@@ -12,7 +12,7 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-from mesh.dataplane import command, nfmessages
+from mesh.dataplane import command, nfchange, nfmessages
 from mesh.dataplane.nfmessages import additions, removals
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
@@ -224,7 +224,7 @@ class NftablesDriver:
                 await asyncio.to_thread(self._change, delta)
 
     def _change(self, delta: ElementDelta) -> None:
-        now, orphans = _packed(delta)
+        now, orphans = nfchange.packed(delta)
         self._commit(now)
         if orphans:
             self._sweep(orphans)
@@ -235,7 +235,7 @@ class NftablesDriver:
             self._socket.transact([chunk.message for chunk in orphans])
         except Refused as refused:
             if refused.errno != errno.ENOENT:
-                raise _explained(refused, orphans) from None
+                raise nfchange.explained(refused, orphans) from None
             there = nfmessages.read_elements(self._socket, {chunk.name for chunk in orphans})
             for chunk in orphans:
                 keys = [key for key in chunk.keys if (chunk.name, key) in there]
@@ -260,7 +260,7 @@ class NftablesDriver:
         try:
             self._socket.transact([chunk.message for chunk in chunks])
         except Refused as refused:
-            raise _explained(refused, chunks) from None
+            raise nfchange.explained(refused, chunks) from None
         except TimeoutError as error:
             raise ApplyFailed(f"nftables: {error}") from None
 
@@ -362,54 +362,3 @@ def _reading() -> Iterator[None]:
         raise HostNotReady("nftables cannot be read: run as root, or with CAP_NET_ADMIN") from None
     except OSError as error:
         raise HostNotReady(f"nftables cannot be read: {error.strerror or error}") from None
-
-
-def _packed(delta: ElementDelta) -> tuple[list[Chunk], list[Chunk]]:
-    """The change, and the deletion of targets that have to outlive it for a moment.
-
-    Frontends go first and come last, so that a split change never points at nothing.
-    """
-    gone: dict[str, list[bytes]] = {}
-    orphans: dict[str, list[bytes]] = {}
-    new: dict[str, list[tuple[bytes, bytes]]] = {}
-    targets, add = elements.TARGETS, delta.add
-    for element in delta.remove:
-        name, key = element
-        group = orphans if name in targets and element not in add else gone
-        if name in group:
-            group[name].append(key)
-        else:
-            group[name] = [key]
-    for (name, key), data in add.items():
-        if name in new:
-            new[name].append((key, data))
-        else:
-            new[name] = [(key, data)]
-    chunks = [c for name in _frontends_last(gone)[::-1] for c in removals(name, gone[name])]
-    chunks += [c for name in _frontends_last(new) for c in additions(name, new[name])]
-    late = [chunk for name, keys in orphans.items() for chunk in removals(name, keys)]
-    return (chunks, late) if chunks else (late, [])
-
-
-def _frontends_last(names: Iterable[str]) -> list[str]:
-    frontends = elements.FRONTENDS
-    return sorted(names, key=frontends.__contains__)
-
-
-_REASONS: Final = {
-    errno.EEXIST: "exists already with other data",
-    errno.ENOENT: "does not exist",
-}
-
-
-def _explained(refused: Refused, chunks: list[Chunk]) -> ApplyFailed:
-    number = refused.errno or 0
-    reason = _REASONS.get(number, refused.strerror)
-    culprit = "the change"
-    if refused.index is not None:
-        chunk = chunks[refused.index]
-        key = chunk.culprit(refused.offset)
-        culprit = f"one of {len(chunk.keys)} elements of {chunk.name}"
-        if key is not None:
-            culprit = elements.describe(key)
-    return ApplyFailed(f"nftables refused {culprit}: {reason} ({errno.errorcode.get(number)})")

@@ -199,6 +199,7 @@ async def loaded(name: str, layout: Layout) -> Elements:
         pool = tuple(Backend(f"10.0.1.{n}", 80) for n in range(2, 5))
         wanted |= nft.lower(Forwarding("web", (frontend,), pool), Ids(layout))
         await driver.apply(Delta(add=wanted))
+        await driver.attach()
         return wanted
 
 
