@@ -346,6 +346,7 @@ class State:
 
 
 _NOTHING = Touched(frozenset(), nodes=False)
+_PROTOCOLS = frozenset(protocol.value for protocol in Protocol)
 _NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
@@ -367,7 +368,7 @@ def _parse_allocation(key: str, value: bytes) -> object:
         case ["vips", _]:
             schema.parse_index(key)
             return schema.decode(key, value, VipAllocation)
-        case ["ports", "tcp" | "udp", _]:
+        case ["ports", protocol, _] if protocol in _PROTOCOLS:
             if schema.parse_index(key) not in PORTS:
                 raise InvalidRecord(key, "the key does not end in a port (1-65535)")
             return schema.decode(key, value, PortAllocation)

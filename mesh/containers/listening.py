@@ -21,9 +21,14 @@ LIMIT_SECONDS: Final = 10.0
 _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 0.2
 
-_TABLES: Final = {Protocol.TCP: ("tcp", "tcp6"), Protocol.UDP: ("udp", "udp6")}
-_STATES: Final = {Protocol.TCP: "0A", Protocol.UDP: "07"}
-"""TCP_LISTEN, and TCP_CLOSE for a UDP socket that is not connected (net/tcp_states.h)."""
+_TABLES: Final = {
+    Protocol.TCP: ("tcp", "tcp6"),
+    Protocol.UDP: ("udp", "udp6"),
+    Protocol.SCTP: ("sctp/eps",),
+}
+_STATES: Final = {Protocol.TCP: "0A", Protocol.UDP: "07", Protocol.SCTP: "10"}
+"""TCP_LISTEN, which SCTP writes in decimal, and TCP_CLOSE for a UDP socket that is not connected
+(net/tcp_states.h)."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +38,12 @@ Port = tuple[Protocol, int]
 def parse(table: str, protocol: Protocol) -> Iterator[Port]:
     """The ports somebody listens on, from the text of /proc/net/tcp or its likes (proc(5))."""
     for line in table.splitlines()[1:]:
-        _, local, _, state, *_ = line.split()
-        if state == _STATES[protocol]:
+        _, local, _, state, _, port, *_ = line.split()
+        if state != _STATES[protocol]:
+            continue
+        if protocol is Protocol.SCTP:  # ENDPT SOCK STY SST HBKT LPORT (net/sctp/proc.c)
+            yield protocol, int(port)
+        else:
             yield protocol, int(local.rpartition(":")[2], 16)
 
 
@@ -57,6 +66,6 @@ def listened(pid: int) -> Iterator[Port]:
         for table in tables:
             try:
                 text = Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii")
-            except OSError:  # no IPv6, or the process has just ended
+            except OSError:  # no IPv6, no SCTP, or the process has just ended
                 continue
             yield from parse(text, protocol)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROOM: Final = MAX_OPERATIONS - 4
 """Operations for decisions, and conditions: one of these is the leader's, one may say that an owner
-is gone; three operations move cursors."""
+is gone; four operations move cursors."""
 
 STINT: Final = 256
 """Decisions per draft: some 5 ms."""

@@ -26,9 +26,14 @@ if TYPE_CHECKING:
     from mesh.store.protocol import Change, KeyValue
     from mesh.store.schema import Keys
 
-Pool = Literal["nodes", "vips", "tcp", "udp"]
-POOLS: Final[tuple[Pool, ...]] = ("nodes", "vips", "tcp", "udp")
-PORT_POOLS: Final[Mapping[Protocol, Pool]] = {Protocol.TCP: "tcp", Protocol.UDP: "udp"}
+PortPool = Literal["tcp", "udp", "sctp"]
+Pool = Literal["nodes", "vips"] | PortPool
+PORT_POOLS: Final[Mapping[Protocol, PortPool]] = {
+    Protocol.TCP: "tcp",
+    Protocol.UDP: "udp",
+    Protocol.SCTP: "sctp",
+}
+POOLS: Final[tuple[Pool, ...]] = ("nodes", "vips", *PORT_POOLS.values())
 Record = NodeAllocation | VipAllocation | PortAllocation
 
 
@@ -188,7 +193,7 @@ class Picture:
                 return self.keys.node_allocation(place.number)
             case "vips":
                 return self.keys.vip_allocation(place.number)
-            case "tcp" | "udp":
+            case "tcp" | "udp" | "sctp":
                 return self.keys.port_allocation(place.pool, place.number)
 
     def key_of_owner(self, owner: Owner) -> str:
@@ -281,7 +286,7 @@ class Picture:
                 case "vips":
                     record = schema.decode(item.key, item.value, VipAllocation)
                     owner = Owner("services", record.service)
-                case "tcp" | "udp":
+                case "tcp" | "udp" | "sctp":
                     record = schema.decode(item.key, item.value, PortAllocation)
                     owner = Owner("services", record.service)
             self.flaws.pop(item.key, None)
@@ -313,7 +318,7 @@ def _place(parts: list[str]) -> Place | None:
     match parts:
         case ["nodes" | "vips" as pool, text]:
             pass
-        case ["ports", "tcp" | "udp" as pool, text]:
+        case ["ports", "tcp" | "udp" | "sctp" as pool, text]:
             pass
         case _:
             return None

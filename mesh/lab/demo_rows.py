@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 NODES: Final = 3
 
+SPOKEN: Final = (Protocol.TCP, Protocol.UDP)
+"""What the lab's replicas answer."""
+
 SERVICES: Final = (
     ServiceSpec(
         name="web",
         ports=tuple(
             PublishedPort(target=80, published=8080, protocol=one, mode=PublishMode.INGRESS)
-            for one in Protocol
+            for one in SPOKEN
         ),
     ),
     ServiceSpec(
@@ -137,7 +140,7 @@ def _ingress(scene: Scene) -> Group:
     rows = []
     for node in scene.nodes:
         name = node.name if node.name in used else f"{node.name}, without a replica"
-        for protocol in Protocol:
+        for protocol in SPOKEN:
             ask = partial(Ask, port=8080, udp=protocol is Protocol.UDP, count=_CONNECTIONS // 2)
             asks = tuple(("c1", ask(host=host)) for host in outside(node))
             judge = partial(demo_checks.spread, replicas=WEB)

@@ -18,6 +18,7 @@ class Protocol(enum.Enum):
 
     TCP = "tcp"
     UDP = "udp"
+    SCTP = "sctp"
 
     __hash__ = object.__hash__  # a member is one object; Enum's own hash is a Python call
 
@@ -30,9 +31,10 @@ class Protocol(enum.Enum):
     @property
     def number(self) -> int:
         """The IANA protocol number, as it stands in an IP header."""
-        return 6 if self is Protocol.TCP else 17
+        return _NUMBERS[self]
 
 
+_NUMBERS: Final = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.SCTP: 132}
 PROTOCOLS: Final = {protocol.number: protocol for protocol in Protocol}
 
 

@@ -17,6 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.address import FAMILIES, Family
+from mesh.model.publish import Protocol
 from mesh.rules import elements, marks, slots
 
 if TYPE_CHECKING:
@@ -261,14 +262,14 @@ def _size_chain(size: int, layout: Layout) -> Iterator[str]:
     slots_of = layout.slots_of(size)
     mark = f"ct mark & 0x{layout.ct_mark:x}" if layout.foreign else "ct mark"
     yield f" chain {chain(size, layout)} {{"
-    for protocol in ("tcp", "udp"):
+    for protocol in Protocol:
         for family in FAMILIES:
             ip, end = _IP[family], family.suffix
             draw = f"numgen random mod {slots_of}"
             if size & layout.hash:
                 draw = f"jhash {ip} saddr mod {slots_of} seed 0x{_SEED:x}"
             yield (
-                f"  meta nfproto ipv{end} meta l4proto {protocol} "
+                f"  meta nfproto ipv{end} meta l4proto {protocol.value} "
                 f"dnat {ip} to {mark} . {draw} map @targets{end}"
             )
     yield " }"

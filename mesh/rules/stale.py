@@ -3,8 +3,8 @@ nothing serves them any more.  Pure.
 
 A UDP flow is as long as its client keeps sending, and is translated as its first packet was.  So it
 stays with a backend that left the pool, with a port that is published no longer, or, where it
-began before the port was published, with nobody.  TCP connections are left alone, they drain; but
-for those that were never answered, and never will be.
+began before the port was published, with nobody.  TCP and SCTP connections are left alone, they
+drain; but for those that were never answered, and never will be.
 
 Only the node that translates a flow has to forget it.  Behind another node (VIA) the replica's node
 sees client and replica as they are; nothing is pinned there.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Endpoint = tuple[bytes, int]
 """An address in network byte order, empty for any, and a port."""
 
-_TCP: Final = Protocol.TCP.number
+_LASTING: Final = frozenset((Protocol.TCP.number, Protocol.SCTP.number))
 _UDP: Final = Protocol.UDP.number
 
 
@@ -107,15 +107,15 @@ def among(flows: Iterable[Flow], held: Callable[[int], Elements], layout: Layout
 def stranded(
     flows: Iterable[Flow], held: Callable[[int], Elements], layout: Layout
 ) -> Iterator[Flow]:
-    """TCP connections that were never answered, by a backend that left: they cannot drain.
+    """TCP and SCTP connections that were never answered, by a backend that left: they cannot drain.
 
-    Forgotten, the next SYN of the same client goes to a backend that is there.  Kept, it would
-    wait for nobody as long as the entry does: two minutes (nf_conntrack_tcp_timeout_syn_sent).
+    Forgotten, the next SYN or INIT of the same client goes to a backend that is there.  Kept, it
+    would wait for nobody as long as the entry does: two minutes (nf_conntrack_tcp_timeout_syn_sent).
     """
     known: dict[int, frozenset[Endpoint]] = {}
     for flow in flows:
         bits = flow.mark & layout.id
-        if flow.answered or flow.protocol != _TCP or not bits:
+        if flow.answered or flow.protocol not in _LASTING or not bits:
             continue
         if bits not in known:
             known[bits] = _served(held(layout.id_of(bits)), bits, layout).backends

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERDICTS: Final = frozenset(("accept", "drop", "return", "reject", "redirect", "masquerade"))
 AIMED: Final = frozenset(("jump", "goto"))
 _IP: Final = {"ip": Family.V4, "ip6": Family.V6}
-_NUMBERS: Final = {"tcp": 6, "udp": 17, "fin": 1, "syn": 2, "rst": 4}
+_NUMBERS: Final = {"tcp": 6, "udp": 17, "sctp": 132, "fin": 1, "syn": 2, "rst": 4}
 
 
 class Draw(NamedTuple):

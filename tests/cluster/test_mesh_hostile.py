@@ -92,7 +92,7 @@ async def test_garbage_is_passed_over_and_told(mesh: Cluster, traffic: Stream) -
         "maintenance/n1", "policies/bad", "applied/bad", "status/services/bad", "published/n1/bad",
         "nonsense", "services/", "tasks/web/", "tasks//", "tasks/web/a/b/c", "allocations/vips/-1",
         "allocations/vips/99999999999999999999", "allocations/ports/tcp/0",
-        "allocations/ports/sctp/80", "allocations/none/1", "services/\x1b[31m\nred", "services/é☃",
+        "allocations/ports/dccp/80", "allocations/none/1", "services/\x1b[31m\nred", "services/é☃",
         "nodes/../n1", "services/a\x00b",
     )  # fmt: skip
     for garbage in GARBAGE:
@@ -137,7 +137,7 @@ OUT_OF_RANGE: Final[tuple[dict[str, Any], ...]] = (
     {"ports": [{"target": 80, "published": -1, "mode": "ingress"}]},
     {"ports": [{"target": 80.5}]},
     {"ports": [{"target": "80"}]},
-    {"ports": [{"target": 80, "protocol": "sctp"}]},
+    {"ports": [{"target": 80, "protocol": "dccp"}]},
     {"ports": [{"target": 80, "protocol": "tcp; flush ruleset"}]},
     {"ports": [{"target": 10**400}]},
     {"ports": [*ingress(FREE), *ingress(FREE)]},

@@ -22,7 +22,7 @@ import pytest
 from mesh.model.address import FAMILIES, Family, family_of
 from mesh.model.publish import Protocol
 from tests.support.cluster import LIMIT, PORT, Cluster, cluster, host, ingress
-from tests.support.requests import BRIEF, REFUSED, SILENCE, Answer, Ask, Outcome, ask_all
+from tests.support.requests import BRIEF, REFUSED, SILENCE, SPOKEN, Answer, Ask, Outcome, ask_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -75,7 +75,7 @@ def cases(mesh: Cluster, clients: Iterable[str], target: tuple[str, ...], port: 
         Case(client, Ask(mesh.netns(client), address, port, protocol))
         for client in clients
         for address in target
-        for protocol in Protocol
+        for protocol in SPOKEN
     ]
 
 
@@ -291,7 +291,7 @@ async def test_what_the_etcd3_package_writes_is_served(mesh: Cluster) -> None:
 # ---- balance
 
 
-@pytest.mark.parametrize("protocol", Protocol)
+@pytest.mark.parametrize("protocol", SPOKEN)
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_connections_are_spread_evenly(
     mesh: Cluster, family: Family, protocol: Protocol

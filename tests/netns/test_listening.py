@@ -45,7 +45,8 @@ def bridge() -> Iterator[str]:
 @pytest.mark.usefixtures("bridge")
 async def test_a_task_is_registered_once_it_listens_on_every_port(tmp_path: Path) -> None:
     store = await containers.cluster_of_one()
-    ports = tuple(PublishedPort(target=8080, published=80, protocol=p) for p in Protocol)
+    spoken = (Protocol.TCP, Protocol.UDP)
+    ports = tuple(PublishedPort(target=8080, published=80, protocol=p) for p in spoken)
     await store.put(KEYS.service("web"), schema.encode(ServiceSpec(name="web", ports=ports)))
     go, then = tmp_path / "go", tmp_path / "then"
     options = run.RunOptions("web", "web-1", python(SLOW.format(go=str(go), then=str(then))))
@@ -86,3 +87,13 @@ def test_connected_sockets_are_nobody_who_listens() -> None:
     )
 
     assert list(listening.parse(table, Protocol.TCP)) == [(Protocol.TCP, 80)]
+
+
+def test_a_listening_endpoint_of_sctp_counts_and_another_does_not() -> None:
+    table = (
+        " ENDPT     SOCK   STY SST HBKT LPORT   UID INODE LADDRS\n"
+        "       0        0 2   10  29   8080      0 41234 0.0.0.0 \n"
+        "       0        0 0   7   30   8081      0 41235 10.0.1.5 fd00::5 \n"
+    )
+
+    assert list(listening.parse(table, Protocol.SCTP)) == [(Protocol.SCTP, 8080)]

@@ -27,7 +27,7 @@ from mesh.rules.program import Devices, Parameters
 from mesh.store import schema
 from tests.support import gateway, readback
 from tests.support.layouts import marks_of
-from tests.support.requests import Answer, Ask, ask, replicas
+from tests.support.requests import SPOKEN, Answer, Ask, ask, replicas
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,7 +129,7 @@ class Cluster:
             Ask(self.netns(client), address, port, protocol)
             for client in clients
             for address in each
-            for protocol in Protocol
+            for protocol in SPOKEN
         ]
 
     def from_outside(self, port: int, *nodes: str) -> list[Ask]:
@@ -379,7 +379,7 @@ def host(published: int, target: int = PORT) -> list[dict[str, object]]:
 def _published(mode: str, published: int, target: int) -> list[dict[str, object]]:
     return [
         {"target": target, "published": published, "protocol": p.value, "mode": mode}
-        for p in Protocol
+        for p in SPOKEN
     ]
 
 

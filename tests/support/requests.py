@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 REFUSED: Final = "refused"
 SILENCE: Final = "silence"
 
+SPOKEN: Final = (Protocol.TCP, Protocol.UDP)
+"""What the lab's replicas answer."""
+
 PATIENCE: Final = 30.0
 """Seconds until an answer that should come is given up."""
 

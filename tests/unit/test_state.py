@@ -96,7 +96,7 @@ def test_a_record_that_cannot_be_read_is_reported_and_its_last_good_version_stay
         "/mesh/services/web/extra",
         "/mesh/allocations/nodes/zero",
         "/mesh/allocations/ports/tcp/70000",
-        "/mesh/allocations/ports/sctp/80",
+        "/mesh/allocations/ports/dccp/80",
         "/mesh/allocations/vips/-1",
         "/mesh/health/n1",
         "/mesh/",
