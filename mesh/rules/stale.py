@@ -110,7 +110,8 @@ def stranded(
     """TCP and SCTP connections that were never answered, by a backend that left: they cannot drain.
 
     Forgotten, the next SYN or INIT of the same client goes to a backend that is there.  Kept, it
-    would wait for nobody as long as the entry does: two minutes (nf_conntrack_tcp_timeout_syn_sent).
+    would wait for nobody as long as the entry does, a SYN two minutes
+    (nf_conntrack_tcp_timeout_syn_sent).
     """
     known: dict[int, frozenset[Endpoint]] = {}
     for flow in flows:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 from dataclasses import replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -78,9 +79,9 @@ def _everything(layout: Layout) -> Elements:
         (Scope.INGRESS, None),
         (Scope.NODE, None),
     ):
-        for affinity, protocol in zip(Affinity, Protocol, strict=True):
+        for affinity, protocol in zip(cycle(Affinity), Protocol, strict=False):
             frontend = Frontend(scope, address, protocol, 80)
-            key = f"{scope} {address} {affinity}"
+            key = f"{scope} {address} {protocol}"
             found |= nft.lower(Forwarding(key, (frontend,), pool, affinity=affinity), ids)
     return found
 
