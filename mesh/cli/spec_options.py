@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -90,7 +91,9 @@ def fields(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ports(texts: tuple[str, ...], mode: str) -> tuple[PublishedPort, ...]:
-    from mesh.model.publish import PublishMode, parse_publish
+    from mesh.model import publish_syntax
+    from mesh.model.publish import PublishMode
 
     with options.naming("--publish"):
-        return tuple(parse_publish(text, PublishMode(mode)) for text in texts)
+        each = (publish_syntax.parse(text, PublishMode(mode)) for text in texts)
+        return tuple(chain.from_iterable(each))

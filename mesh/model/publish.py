@@ -1,14 +1,14 @@
-"""Published ports: what a user asks for with `--publish`, and the short syntax it is written in."""
+"""Published ports: what a user asks for with `--publish`, as a record."""
 
 from __future__ import annotations
 
 import enum
-import re
 from typing import Final
 
 import msgspec
 
 from mesh.model.address import parse_address
+from mesh.model.names import check_name
 
 PORTS: Final = range(1, 65536)
 
@@ -50,7 +50,9 @@ class PublishedPort(
 ):
     """One published port, in the words of Compose's long syntax.
 
-    `published` None asks for a port from the dynamic range; `host_ip` None means every address.
+    `published` None (0 on Swarm's wire) asks for a port from the dynamic range, in turn or, if
+    `random`, at random; `host_ip` None means every address.  `force` publishes a port that the
+    cluster protects; one that the mesh needs itself is never published.
     """
 
     target: int
@@ -58,48 +60,34 @@ class PublishedPort(
     protocol: Protocol = Protocol.TCP
     mode: PublishMode = PublishMode.HOST
     host_ip: str | None = msgspec.field(default=None, name="hostIP")
+    name: str | None = None
+    random: bool = False
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in PORTS:
             raise ValueError(f"target port {self.target} is not in 1-65535")
+        if self.published == 0:
+            msgspec.structs.force_setattr(self, "published", None)
         if self.published is not None and self.published not in PORTS:
             raise ValueError(f"published port {self.published} is not in 1-65535")
         if self.host_ip is not None and parse_address(self.host_ip) != self.host_ip:
             raise ValueError(f"hostIP {self.host_ip!r}: write {parse_address(self.host_ip)!r}")
         if self.host_ip is not None and self.mode is PublishMode.INGRESS:
             raise ValueError("hostIP needs mode host: an ingress port answers on every node")
+        if self.random and self.published is not None:
+            raise ValueError(f"published port {self.published} cannot be random as well")
+        if self.random and self.mode is PublishMode.INGRESS:
+            raise ValueError("a random port needs mode host: ingress ports are given in turn")
+        if self.name is not None:
+            check_name(self.name, "port name")
 
     def __str__(self) -> str:
         published = "*" if self.published is None else str(self.published)
-        address = "*" if self.host_ip is None else self.host_ip
+        address = "*" if self.host_ip is None else bracketed(self.host_ip)
         return f"{address}:{published}->{self.target}/{self.protocol.value}"
 
 
-_SHORT: Final = re.compile(r"(?P<published>[^:/]*):(?P<target>[^:/]*)(?:/(?P<protocol>.*))?")
-
-
-def _port(text: str, part: str, spec: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) in PORTS):
-        raise ValueError(f"invalid {part} port {text!r} in {spec!r}: must be 1-65535")
-    return int(text)
-
-
-def parse_publish(spec: str, mode: PublishMode) -> PublishedPort:
-    """A port from the short syntax `HOST:CONTAINER[/tcp|udp]`.  Raises ValueError.
-
-    The grammar is the one Warren and Swarm share (docker service create, --publish).
-    """
-    match = _SHORT.fullmatch(spec)
-    if match is None:
-        raise ValueError(f"invalid port {spec!r}: the format is HOST:CONTAINER[/tcp|udp]")
-    name = match["protocol"] if match["protocol"] is not None else "tcp"
-    try:
-        protocol = Protocol(name)
-    except ValueError:
-        raise ValueError(f"invalid protocol {name!r} in {spec!r}: must be tcp or udp") from None
-    return PublishedPort(
-        target=_port(match["target"], "container", spec),
-        published=_port(match["published"], "host", spec),
-        protocol=protocol,
-        mode=mode,
-    )
+def bracketed(address: str) -> str:
+    """An address as it stands before a port."""
+    return f"[{address}]" if ":" in address else address

@@ -84,7 +84,7 @@ def expected(walked: trace.Trace) -> set[str]:
     names = {a: name for name, pair in ADDRESSES.items() for a in pair}
     match walked.verdict:
         case Verdict.DROPPED:
-            # What is not a connection's, and the node itself may not send, is an error at once (EPERM).
+            # A datagram that the node itself may not send is an error at once (EPERM).
             one = walked.packet
             own = one.entry is Entry.NODE and one.protocol is not Protocol.TCP
             return {REFUSED if own else SILENCE}
