@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.agent import backend, remark
 from mesh.agent.network import Network
+from mesh.agent.published import Published
 from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
 from mesh.agent.state import KINDS, State, Touched
@@ -58,11 +59,15 @@ class Agent:
         self._config = config
         self._store = store
         self._keys = schema.Keys(config.etcd.prefix)
-        self._follower = Follower(store, *(f"{self._keys.prefix}/{kind}" for kind in KINDS))
         self._state = State(self._keys, config.node)
+        prefixes = (f"{self._keys.prefix}/{kind}" for kind in KINDS)
+        self._changed = asyncio.Event()
+        self._published = Published(
+            *(store, self._keys, config.node, self._state.hostports, self._changed.set)
+        )
+        self._follower = Follower(store, *prefixes, self._published.prefix)
         self._network = Network(config, self._state)
         self._pending = _NOTHING
-        self._changed = asyncio.Event()
         self._nodes_changed = asyncio.Event()
         self._first_picture = asyncio.Event()
         self._forwarding = asyncio.Event()
@@ -79,6 +84,7 @@ class Agent:
         self._cluster = cluster
         try:
             await self._register(cluster)
+            await self._published.load()
             self._lease = lease = LeaseHolder(self._store, cluster.liveness_ttl)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow(), name="follow")
@@ -129,6 +135,8 @@ class Agent:
             async for event in updates:
                 self._state.doubting = self._lease is None or self._lease.is_doubtful()
                 touched = self._state.apply(event)
+                if self._published.is_echo(event):
+                    continue
                 if isinstance(event, Changes):
                     self._deleted |= any(change.value is None for change in event.changes)
                 del event  # a snapshot is large, and the next event may be long in coming
@@ -226,6 +234,7 @@ class Agent:
         try:
             self._pending = _NOTHING
             revision = self._state.revision
+            self._state.settle()
             await rules.start(parameters)
             self._forwarding.set()
             gc.collect()
@@ -237,6 +246,8 @@ class Agent:
             tasks.create_task(lease.run(), name="lease")
             reports = reporter.run(lambda: self._problems(rules), self._follower.orders_in)
             tasks.create_task(reports, name="reporter")
+            tasks.create_task(self._published.run(), name="published")
+            self._published.wake()
             rules.look_after(tasks)
             log.info("forwarding node=%s number=%d", own, parameters.network.number)
             held = False
@@ -252,8 +263,10 @@ class Agent:
                     await asyncio.sleep(CATCH_UP)  # what came back with the settings
                 touched, self._pending = self._pending, _NOTHING
                 revision = self._state.revision
-                await rules.reconcile(touched)
+                numbered = self._state.settle()
+                await rules.reconcile(touched._replace(services=touched.services | numbered))
                 reporter.applied(revision)
+                self._published.wake()
         finally:
             rules.close()
 
@@ -262,6 +275,7 @@ class Agent:
             yield self._problem
         yield from self._network.problems
         yield from rules.problems()
+        yield from self._published.problems()
         yield from self._state.problems()
 
     # ---- network

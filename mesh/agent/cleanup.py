@@ -59,5 +59,7 @@ async def _sign_off(config: AgentConfig, keys: schema.Keys) -> None:
         async with etcd.opened(config.etcd) as store:
             await store.delete(keys.alive(config.node))
             await store.delete(keys.applied(config.node))
+            for item in (await store.list(keys.published(config.node))).items:
+                await store.delete(item.key)
     except StoreUnavailable as error:
         log.warning("etcd was not told: %s", error)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mesh.errors import InvalidRecord, clipped
-from mesh.hostports import claims
+from mesh.hostports.ports import HostPorts
 from mesh.model import address
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
-from mesh.model.publish import PORTS, Protocol
+from mesh.model.publish import Protocol
 from mesh.model.report import Health, Problem
 from mesh.model.view import IngressPort, NodeView, PeerNode, ServiceView
 from mesh.store import schema
@@ -64,7 +64,7 @@ class State:
         """Set while etcd may have ended leases wrongly: what ends with one is `doubted` instead."""
         self.doubted: set[str] = set()
         self.invalid: dict[str, Problem] = {}
-        self.claims = claims.Claims()
+        self.hostports = HostPorts(node)
         self._entries: dict[str, Entry] = {}
         self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
@@ -83,8 +83,9 @@ class State:
             "nodes": (schema.parse_node, self._index_node),
             "alive": (lambda _key, _value: True, self._index_alive),
             "health": (lambda key, value: schema.decode(key, value, Health), self._index_health),
-            "allocations": (_parse_allocation, self._index_allocation),
+            "allocations": (schema.parse_allocation, self._index_allocation),
             "cluster": (lambda key, value: schema.decode(key, value, Cluster), self._index_cluster),
+            "published": (schema.parse_mappings, self._index_published),
         }
 
     # ---- events
@@ -229,7 +230,7 @@ class State:
                     services.add(port.service)
                     ingress = IngressPort(Protocol(parts[2]), int(parts[3]), port.target)
                     _hold(self._ports, port.service, ingress, held)
-                    services |= self.claims.reserve(*ingress[:2], port.service if held else None)
+                    services |= self.hostports.reserve(*ingress[:2], port.service if held else None)
                 case NodeAllocation() as node:
                     nodes = True
                     self._node_view = None
@@ -238,37 +239,40 @@ class State:
                     pass
         return Touched(frozenset(services), nodes)
 
+    def _index_published(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+        if parts[1] == self.node:
+            self.hostports.recorded(parts[2], new.record if new is not None else ())  # type: ignore[arg-type]
+        return _NOTHING
+
     def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
         self._networks.clear()
         self._node_view = None
+        if self.cluster is not None:
+            self.hostports.confine(self.cluster)
         return Touched(frozenset(self.services()), nodes=True)
 
     def _claim(self, service: str) -> frozenset[str]:
         """Put in a service's claims on this node's ports; whose granted ports that changes."""
-        spec = self._services.get(service)
-        if not self.claims.concern(service, spec):
-            return frozenset()
-        here = [
+        here = (
             (_task(entry), entry.created)
-            for entry in self._tasks.get(service, {}).values()
+            for entry in self._tasks.get(service, _NO_TASKS).values()
             if _task(entry).node == self.node
-        ]
-        return self.claims.update(service, claims.wanted(spec, here) if spec is not None else ())
+        )
+        return self.hostports.update(service, self._services.get(service), here)
+
+    def settle(self) -> frozenset[str]:
+        """Give and take back dynamic host ports; which services that touches.
+
+        To be called before what `apply` touched is planned, and only while etcd holds the truth.
+        """
+        return self.hostports.settle()
 
     # ---- problems
 
     def problems(self) -> Iterable[Problem]:
         """Records that cannot be read, and host ports that are somebody else's here."""
         yield from self.invalid.values()
-        for claim, owner in self.claims.all_refused():
-            holder = f"task {owner.task} of service {owner.service}"
-            if not owner.task:
-                holder = f"service {owner.service} in ingress mode"
-            yield Problem(
-                about=f"task {claim.task} of service {claim.service}",
-                message=f"port {claim.published}/{claim.protocol.value} on node {self.node} belongs"
-                f" to {holder}: choose another port or node",
-            )
+        yield from self.hostports.problems()
 
     # ---- views
 
@@ -303,7 +307,7 @@ class State:
             vips=self._vip_addresses(service),
             ingress=tuple(sorted(self._ports.get(service, ()), key=_port_order)),
             unhealthy=frozenset(self._unhealthy.get(service, ())),
-            host_ports=self.claims.granted(service),
+            host_ports=self.hostports.granted(service),
         )
 
     def _vip_addresses(self, service: str) -> tuple[str, ...]:
@@ -346,7 +350,6 @@ class State:
 
 
 _NOTHING = Touched(frozenset(), nodes=False)
-_PROTOCOLS = frozenset(protocol.value for protocol in Protocol)
 _NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
@@ -356,23 +359,8 @@ _DEPTHS = {
     "tasks": (3,),
     "health": (3,),
     "allocations": (3, 4),
+    "published": (3,),
 }
-
-
-def _parse_allocation(key: str, value: bytes) -> object:
-    pool = key.rpartition("/allocations/")[2].split("/")
-    match pool:
-        case ["nodes", _]:
-            schema.parse_index(key)
-            return schema.decode(key, value, NodeAllocation)
-        case ["vips", _]:
-            schema.parse_index(key)
-            return schema.decode(key, value, VipAllocation)
-        case ["ports", protocol, _] if protocol in _PROTOCOLS:
-            if schema.parse_index(key) not in PORTS:
-                raise InvalidRecord(key, "the key does not end in a port (1-65535)")
-            return schema.decode(key, value, PortAllocation)
-    return None
 
 
 def _task(entry: Entry) -> Task:

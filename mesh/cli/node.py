@@ -213,7 +213,7 @@ async def _remove(session: Session, name: str, *, force: bool) -> list[str]:
     seen, keys = await world.read(session), session.keys
     if await session.store.get(keys.node(name)) is None:
         raise errors.NotFound(f"no node {name!r}: `mesh node ls` lists them")
-    of_node = [keys.node(name), keys.maintenance(name), keys.applied(name)]
+    of_node = [keys.node(name), keys.maintenance(name), keys.applied(name), keys.cursors(name)]
     result = await session.store.transact(
         () if force else (Compare(keys.alive(name), 0),), [Delete(key) for key in of_node]
     )
@@ -222,4 +222,6 @@ async def _remove(session: Session, name: str, *, force: bool) -> list[str]:
             f"node {name!r} is alive: stop its agent first (`mesh agent --cleanup` there removes "
             "what it set up), or use --force"
         )
+    for item in (await session.store.list(keys.published(name))).items:
+        await session.store.delete(item.key)
     return [f"{task.service}/{task.id}" for task in seen.tasks_on(name)]

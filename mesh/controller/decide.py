@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, assert_never
 
 from mesh.controller.picture import PORT_POOLS, Owner, Place, Pool, Record
+from mesh.model import protected, spans
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.publish import Protocol, PublishMode
 from mesh.model.report import Problem
@@ -125,7 +126,7 @@ class _Choice:
         taken, number = self._picture.taken[pool], None
         cursor = self._cursors.get(pool, self._picture.cursors.get(pool, span.start))
         if pool not in self._picture.exhausted:
-            number = allocator.next_fit(
+            number = spans.next_fit(
                 lambda n: n in taken or n in reserved or Place(pool, n) in self._puts,
                 span,
                 cursor,
@@ -208,7 +209,6 @@ def _choose_static_ports(
     choice: _Choice, cluster: Cluster, spec: ServiceSpec, protocol: Protocol
 ) -> None:
     """Exactly the ports asked for; one that cannot be had does not hold up the others."""
-    reserved = allocator.reserved_ports(cluster, protocol)
     for port in spec.ports:
         if port.mode is not PublishMode.INGRESS or port.protocol is not protocol:
             continue
@@ -218,8 +218,9 @@ def _choose_static_ports(
             Place(PORT_POOLS[protocol], port.published),
             f"{port.published}/{protocol.value}",
         )
-        if port.published in reserved:
-            choice.problem(about, f"port {about} carries the overlay itself; publish another port")
+        guard = protected.protection(cluster, protocol, port.published)
+        if guard is not None and not (guard.forcible and port.force):
+            choice.problem(about, f"port {about} {guard.reason}")
         elif choice.is_obtainable(place):
             choice.keep(place, PortAllocation(service=spec.name, target=port.target))
         else:
@@ -233,7 +234,7 @@ def _choose_dynamic_ports(
     target as before if they can.
     """
     span, pool = allocator.dynamic_ports(cluster), PORT_POOLS[protocol]
-    reserved = allocator.reserved_ports(cluster, protocol)
+    reserved = protected.barred(cluster, protocol)
     targets = sorted(
         port.target
         for port in spec.ports

@@ -7,46 +7,16 @@ which they became known: the smallest revision wins, then service and task name.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from mesh.model.publish import PublishMode
-from mesh.model.task import TaskState
 from mesh.model.view import HostClaim
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mesh.model.publish import Protocol
-    from mesh.model.service import ServiceSpec
-    from mesh.model.task import Task
 
 _Port = tuple["Protocol", int]
-
-_YIELDING: Final = 1 << 62
-"""Added to a draining task's revision: it keeps a port only while no running task wants it, so a
-replacement started on the same node takes over in one change."""
-
-
-def wanted(spec: ServiceSpec, tasks: Iterable[tuple[Task, int]]) -> tuple[HostClaim, ...]:
-    """The claims of this node's `tasks` of one service, each given with its create revision.
-
-    Ports without a published number claim nothing.
-    """
-    ports = [p for p in spec.ports if p.mode is PublishMode.HOST]
-    return tuple(
-        HostClaim(
-            service=spec.name,
-            task=task.id,
-            protocol=port.protocol,
-            published=port.published,
-            target=port.target,
-            address=port.host_ip,
-            revision=revision if task.state is TaskState.RUNNING else revision + _YIELDING,
-        )
-        for task, revision in tasks
-        for port in ports
-        if port.published is not None
-    )
 
 
 class Claims:
@@ -87,11 +57,14 @@ class Claims:
             self._ingress[port] = service
         return frozenset(self._decide(port)) if port in self._claimants else frozenset()
 
-    def concern(self, service: str, spec: ServiceSpec | None) -> bool:
-        """Whether the service claims any host port, or did."""
-        if service in self._wanted:
-            return True
-        return spec is not None and any(p.mode is PublishMode.HOST for p in spec.ports)
+    def is_reserved(self, protocol: Protocol, published: int) -> bool:
+        """Whether a port is an ingress port."""
+        return (protocol, published) in self._ingress
+
+    def claimants(self, protocol: Protocol, published: int) -> frozenset[tuple[str, str]]:
+        """The services and tasks that claim a port, whoever holds it."""
+        claims = self._claimants.get((protocol, published), ())
+        return frozenset((claim.service, claim.task) for claim in claims)
 
     def granted(self, service: str) -> frozenset[HostClaim]:
         """The claims of a service that hold their port."""

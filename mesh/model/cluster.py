@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from mesh.model import address
+from mesh.model import address, protected
 from mesh.model.address import Family
 
 NODE_NUMBERS: Final = range(1, 4095)
@@ -25,7 +25,8 @@ class Cluster(
     """The settings of a cluster, written once by `mesh cluster init`.
 
     `prefix6` is a /48 (RFC 4193); overlay, containers and VIPs are parts of it.
-    `node_bits4` is the length of each node's container subnet.
+    `node_bits4` is the length of each node's container subnet.  `protected_ports` are published
+    only by force: "22/tcp", "6000-6063" (of every protocol).
     """
 
     id: str
@@ -42,6 +43,7 @@ class Cluster(
     liveness_ttl: int = 5
     ingress_ports: tuple[int, int] = (30000, 31999)
     host_ports: tuple[int, int] = (32000, 32999)
+    protected_ports: tuple[str, ...] = protected.DEFAULT
 
     def __post_init__(self) -> None:
         for name in ("overlay4", "containers4", "vips4"):
@@ -86,6 +88,8 @@ class Cluster(
             self.host_ports[0] <= self.ingress_ports[1]
         ):
             raise ValueError("ingressPorts and hostPorts overlap")
+        for entry in self.protected_ports:
+            protected.parse_entry(entry)
 
     @property
     def plan(self) -> tuple[object, ...]:

@@ -50,7 +50,7 @@ class HostClaim(NamedTuple):
     """A host-mode port that a task on this node wants; `address` None means every address.
 
     `revision` orders claimants of one port: the smallest wins.  It is the etcd revision at which
-    the task was created (hostports.claims.wanted builds claims).
+    the task was created, and 0 for a dynamic port (hostports.ports builds claims).
     """
 
     service: str

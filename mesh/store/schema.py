@@ -14,7 +14,9 @@ import msgspec
 from mesh.errors import InvalidRecord
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
+from mesh.model.mapping import Cursors, PortMapping
 from mesh.model.node import Node
+from mesh.model.publish import PORTS, Protocol
 from mesh.model.report import Applied, Health
 from mesh.model.service import ServiceSpec
 from mesh.model.task import Task
@@ -95,13 +97,23 @@ class Keys:
         """What the controller has to say about a thing."""
         return f"{self.prefix}/status/{kind}/{name}"
 
+    def published(self, node: str, task: str = "") -> str:
+        """What a node publishes of a task; without one, the prefix of all of the node's."""
+        return f"{self.prefix}/published/{node}/{task}"
+
+    def cursors(self, node: str) -> str:
+        """Where a node's search for dynamic host ports goes on."""
+        return f"{self.prefix}/cursors/{node}"
+
     @property
     def leader(self) -> str:
         """The elected manager; held by a lease."""
         return f"{self.prefix}/status/leader"
 
 
-_DECODERS: Final[dict[type, Any]] = {}
+_PROTOCOLS: Final = frozenset(protocol.value for protocol in Protocol)
+
+_DECODERS: Final[dict[Any, Any]] = {}
 """One decoder per kind of record: building one costs more than using it."""
 
 
@@ -115,7 +127,7 @@ def decode(key: str, value: bytes, kind: type[T]) -> T:
     return record
 
 
-def encode(record: msgspec.Struct) -> bytes:
+def encode(record: msgspec.Struct | tuple[msgspec.Struct, ...]) -> bytes:
     """A record as it is stored: JSON without spaces, camelCase, defaults written out."""
     return msgspec.json.encode(record)
 
@@ -144,6 +156,32 @@ def parse_node(key: str, value: bytes) -> Node:
     return node
 
 
+def parse_allocation(
+    key: str, value: bytes
+) -> NodeAllocation | VipAllocation | PortAllocation | None:
+    """What the controller gave to somebody; None for a key that no version knows."""
+    match key.rpartition("/allocations/")[2].split("/"):
+        case ["nodes", _]:
+            parse_index(key)
+            return decode(key, value, NodeAllocation)
+        case ["vips", _]:
+            parse_index(key)
+            return decode(key, value, VipAllocation)
+        case ["ports", protocol, _] if protocol in _PROTOCOLS:
+            if parse_index(key) not in PORTS:
+                raise InvalidRecord(key, "the key does not end in a port (1-65535)")
+            return decode(key, value, PortAllocation)
+    return None
+
+
+def parse_mappings(key: str, value: bytes) -> tuple[PortMapping, ...] | None:
+    """What a node publishes of a task; None if nobody can read it: the node writes it again."""
+    try:
+        return decode(key, value, tuple[PortMapping, ...])
+    except InvalidRecord:
+        return None
+
+
 def parse_index(key: str) -> int:
     """The number a key ends in."""
     text = key.rpartition("/")[2]
@@ -164,6 +202,8 @@ def json_schema() -> dict[str, object]:
         "portAllocation": PortAllocation,
         "applied": Applied,
         "health": Health,
+        "published": tuple[PortMapping, ...],
+        "cursors": Cursors,
     }
     schemas, components = msgspec.json.schema_components(
         kinds.values(), ref_template="#/$defs/{name}"

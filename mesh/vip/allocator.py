@@ -1,4 +1,4 @@
-"""Which number a newcomer gets from a pool: a node's, a VIP's index, a dynamic ingress port.
+"""The pools that the controller gives from: node numbers, VIPs, dynamic ingress ports.
 
 Pure: knows spans and arithmetic, not who owns what.
 """
@@ -10,30 +10,9 @@ from typing import TYPE_CHECKING
 
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
-from mesh.model.publish import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mesh.model.cluster import Cluster
-
-
-def next_fit(is_taken: Callable[[int], bool], span: range, cursor: int) -> int | None:
-    """The first free number at or after `cursor`, then from the start; None if all are taken.
-
-    Going on where the last choice ended lets a freed number rest for a whole round.
-    """
-    start = cursor if cursor in span else span.start
-    for half in (range(start, span.stop), range(span.start, start)):
-        for number in half:
-            if not is_taken(number):
-                return number
-    return None
-
-
-def lowest_free(is_taken: Callable[[int], bool], span: range) -> int | None:
-    """The smallest free number; None if all are taken."""
-    return next_fit(is_taken, span, span.start)
 
 
 def node_numbers(cluster: Cluster) -> range:
@@ -68,14 +47,7 @@ def vip_index(cluster: Cluster, vip: str) -> int:
     return index
 
 
-def reserved_ports(cluster: Cluster, protocol: Protocol) -> frozenset[int]:
-    """The ports the mesh itself needs on every node; published, they would cut the overlay."""
-    if protocol is Protocol.UDP:
-        return frozenset((cluster.wireguard_port, cluster.steering_port))
-    return frozenset()
-
-
 def dynamic_ports(cluster: Cluster) -> range:
-    """The ports given to ingress ports that do not name one; TCP and UDP count separately."""
+    """The ports given to ingress ports that do not name one; protocols count separately."""
     low, high = cluster.ingress_ports
     return range(low, high + 1)

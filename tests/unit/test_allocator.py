@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import pytest
 
+from mesh.model import spans
 from mesh.model.address import Family
 from mesh.model.cluster import Cluster
-from mesh.model.publish import Protocol
 from mesh.vip import allocator
 
 CLUSTER = Cluster(id="c", prefix6="fd00:1::/48", vips4="10.1.0.0/29", overlay4="10.0.0.0/29")
 
 
 def test_next_fit_goes_on_where_the_last_choice_ended() -> None:
-    assert allocator.next_fit({1, 4}.__contains__, range(1, 7), 3) == 3
-    assert allocator.next_fit({1, 4}.__contains__, range(1, 7), 4) == 5
+    assert spans.next_fit({1, 4}.__contains__, range(1, 7), 3) == 3
+    assert spans.next_fit({1, 4}.__contains__, range(1, 7), 4) == 5
 
 
 def test_next_fit_starts_over_at_the_end() -> None:
-    assert allocator.next_fit({1, 6}.__contains__, range(1, 7), 6) == 2
-    assert allocator.next_fit({1}.__contains__, range(1, 7), 7) == 2
+    assert spans.next_fit({1, 6}.__contains__, range(1, 7), 6) == 2
+    assert spans.next_fit({1}.__contains__, range(1, 7), 7) == 2
 
 
 def test_a_cursor_outside_the_pool_means_its_start() -> None:
-    assert allocator.next_fit(set[int]().__contains__, range(5, 7), 99) == 5
-    assert allocator.next_fit({5, 6}.__contains__, range(5, 7), 99) is None
+    assert spans.next_fit(set[int]().__contains__, range(5, 7), 99) == 5
+    assert spans.next_fit({5, 6}.__contains__, range(5, 7), 99) is None
 
 
 def test_a_full_pool_gives_nothing() -> None:
-    assert allocator.next_fit(set(range(1, 7)).__contains__, range(1, 7), 3) is None
-
-
-def test_the_lowest_free_number_ignores_what_came_before() -> None:
-    assert allocator.lowest_free({1, 2, 4}.__contains__, range(1, 7)) == 3
+    assert spans.next_fit(set(range(1, 7)).__contains__, range(1, 7), 3) is None
 
 
 def test_vips_leave_out_the_network_and_the_broadcast_address() -> None:
@@ -74,8 +70,3 @@ def test_dynamic_ports_include_both_ends_of_the_range() -> None:
     cluster = Cluster(id="c", prefix6="fd00:1::/48", ingress_ports=(30000, 30002))
 
     assert list(allocator.dynamic_ports(cluster)) == [30000, 30001, 30002]
-
-
-def test_the_overlay_s_own_ports_are_reserved() -> None:
-    assert allocator.reserved_ports(CLUSTER, Protocol.UDP) == {51820, 4790}
-    assert allocator.reserved_ports(CLUSTER, Protocol.TCP) == frozenset()

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.hostports import claims, plan
+from mesh.hostports import plan
 from mesh.hostports.claims import Claims
 from mesh.model.cluster import Cluster
-from mesh.model.publish import Protocol, PublishedPort, PublishMode
+from mesh.model.publish import Protocol, PublishedPort
 from mesh.model.service import ServiceSpec
 from mesh.model.task import Task, TaskState
 from mesh.model.view import HostClaim, NodeView, ServiceView
@@ -113,37 +113,6 @@ def test_an_ingress_port_belongs_to_no_task() -> None:
     assert (owner.service, owner.task) == ("web", "")
     assert "a" in freed
     assert held.granted("a") == {claim("a", 1)}
-
-
-def test_a_draining_task_hands_its_port_to_its_replacement() -> None:
-    spec = ServiceSpec(name="a", ports=(PublishedPort(target=8080, published=80),))
-    old = Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5",))
-    new = Task(service="a", id="a-2", node="n1", addresses=("10.0.1.6",))
-    drained = Task(
-        service="a", id="a-1", node="n1", addresses=("10.0.1.5",), state=TaskState.DRAINING
-    )
-    held = Claims()
-
-    held.update("a", claims.wanted(spec, ((old, 1), (new, 2))))
-    before = {one.task for one in held.granted("a")}
-    held.update("a", claims.wanted(spec, ((drained, 1), (new, 2))))
-    after = {one.task for one in held.granted("a")}
-
-    assert (before, after) == ({"a-1"}, {"a-2"})
-
-
-def test_only_numbered_host_mode_ports_are_claimed() -> None:
-    spec = ServiceSpec(
-        name="a",
-        ports=(
-            PublishedPort(target=1, published=80),
-            PublishedPort(target=2),
-            PublishedPort(target=3, published=81, mode=PublishMode.INGRESS),
-        ),
-    )
-    task = Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5",))
-
-    assert [one.target for one in claims.wanted(spec, ((task, 1),))] == [1]
 
 
 _SERVICES = ("a", "b", "c")

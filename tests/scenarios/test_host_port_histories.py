@@ -1,0 +1,205 @@
+"""Whatever becomes of services, tasks, ranges and the agent, in whatever order: no host port has
+two owners, none leaks, none comes from outside the range, and a task keeps what it was told.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mesh.hostports.allocator import Want
+from mesh.model import protected
+from mesh.model.publish import Protocol
+from tests.support.hostports import CLUSTER, Node, port
+
+if TYPE_CHECKING:
+    from mesh.model.publish import PublishedPort
+    from mesh.model.view import HostClaim
+
+RANGES: Final = ((32000, 32003), (32002, 32006), (40000, 40001))
+BARRED: Final = (("32001/tcp",), ("32003",), ())
+
+SERVICES = st.sampled_from(["a", "b", "c"])
+TASKS = st.sampled_from(["x", "y"])
+PROTOCOLS = st.sampled_from([Protocol.TCP, Protocol.UDP])
+PORTS = st.lists(
+    st.builds(
+        port,
+        st.sampled_from([80, 81]),
+        st.sampled_from([None, None, None, 8080, 32000, 32002]),
+        protocol=PROTOCOLS,
+        host_ip=st.sampled_from([None, None, "192.0.2.1"]),
+    )
+    | st.builds(port, st.sampled_from([80, 81]), random=st.just(value=True), protocol=PROTOCOLS),
+    max_size=3,
+    unique_by=lambda one: (one.published or object(), one.protocol),
+)
+
+
+class Histories(RuleBasedStateMachine):
+    """Steps of users, of failures and of the agent; the invariants are the promises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = Node()
+        self.reserved: set[tuple[Protocol, int]] = set()
+        self.told: dict[Want, int] = {}
+        """What was written down of tasks that live on, and nothing took from them."""
+
+    # ---- what users do
+
+    @rule(service=SERVICES, ports=PORTS)
+    def put_service(self, service: str, ports: list[PublishedPort]) -> None:
+        self.node.publish(service, *ports)
+        self._forget(lambda want: want.service == service)
+
+    @rule(service=SERVICES, task=TASKS)
+    def start(self, service: str, task: str) -> None:
+        ports, tasks = self.node.services.get(service, ((), []))
+        if task not in {one.id for one, _ in tasks}:
+            self.node.publish(service, *ports, tasks=[task])
+
+    @rule(service=SERVICES, task=TASKS)
+    def end(self, service: str, task: str) -> None:
+        if service in self.node.services:
+            self.node.end(service, task)
+        self._forget(lambda want: (want.service, want.task) == (service, task))
+
+    @rule(service=SERVICES, task=TASKS)
+    def drain(self, service: str, task: str) -> None:
+        if service in self.node.services:
+            self.node.drain(service, task)
+
+    @rule(protocol=PROTOCOLS, number=st.integers(32000, 32003))
+    def allocate_ingress(self, protocol: Protocol, number: int) -> None:
+        self.reserved.add((protocol, number))
+        self.node.ports.reserve(protocol, number, "web")
+        self._forget(lambda want: (want.protocol, self.told[want]) == (protocol, number))
+
+    @rule(protocol=PROTOCOLS, number=st.integers(32000, 32003))
+    def free_ingress(self, protocol: Protocol, number: int) -> None:
+        self.reserved.discard((protocol, number))
+        self.node.ports.reserve(protocol, number, None)
+
+    @rule(span=st.sampled_from(RANGES), barred=st.sampled_from(BARRED))
+    def change_settings(self, span: tuple[int, int], barred: tuple[str, ...]) -> None:
+        self.node.cluster = msgspec.structs.replace(
+            CLUSTER, host_ports=span, protected_ports=barred
+        )
+        self.node.ports.confine(self.node.cluster)
+        self._forget(lambda want: not self._is_allowed(want.protocol, self.told[want]))
+
+    # ---- what the agent does
+
+    @rule()
+    def settle(self) -> None:
+        self.node.settle()
+
+    @rule()
+    def settle_and_write(self) -> None:
+        self.node.settle()
+        self.node.write()
+        for service in self.node.services:
+            self.told |= self._dynamic(service)
+
+    @rule()
+    def restart(self) -> None:
+        """However it ended: what it had not written is lost."""
+        self.node.restart()
+        for protocol, number in self.reserved:
+            self.node.ports.reserve(protocol, number, "web")
+        self.node.settle()
+
+    # ---- what must hold
+
+    @invariant()
+    def nothing_has_two_owners(self) -> None:
+        claims = [c for service in self.node.services for c in self.node.ports.granted(service)]
+        for one, other in combinations(claims, 2):
+            assert not _answer_together(one, other), (one, other)
+        for claim in claims:
+            assert (claim.protocol, claim.published) not in self.reserved
+
+    @invariant()
+    def dynamic_ports_are_of_the_range(self) -> None:
+        for service in self.node.services:
+            for want, number in self._dynamic(service).items():
+                assert self._is_allowed(want.protocol, number), (want, number)
+
+    @invariant()
+    def tasks_keep_what_they_were_told(self) -> None:
+        now = {w: n for service in self.node.services for w, n in self._dynamic(service).items()}
+        for want, number in self.told.items():
+            assert now.get(want) == number, (want, number, now.get(want))
+
+    @precondition(lambda self: not self.reserved)
+    @rule()
+    def nothing_leaks(self) -> None:
+        """With everybody gone, the whole range is there for one task."""
+        for service in self.node.services:
+            self.node.services[service] = (), []
+            self.node.tell(service)
+        self.told.clear()
+        low, high = self.node.cluster.host_ports
+        barred = protected.barred(self.node.cluster, Protocol.TCP)
+        free = {number for number in range(low, high + 1) if number not in barred}
+
+        self.node.publish("a", *(port(target) for target in range(1, len(free) + 1)), tasks=["x"])
+        self.node.settle()
+        self.node.write()
+
+        assert set(self.node.numbers("a").values()) == free
+        assert self.node.records.keys() == {"x"}
+        assert list(self.node.ports.problems()) == []
+
+    def teardown(self) -> None:
+        self.settle_and_write()
+        granted = {
+            claim.task
+            for service in self.node.services
+            for claim in self.node.ports.granted(service)
+        }
+        assert self.node.records.keys() == granted
+        assert self.node.ports.unwritten() == {}
+
+    # ---- looking
+
+    def _dynamic(self, service: str) -> dict[Want, int]:
+        """The numbers of a service's dynamic ports."""
+        ports, tasks = self.node.services[service]
+        named = {(p.protocol, p.published) for p in ports}
+        found: dict[Want, int] = {}
+        for task, _ in tasks:
+            wanted = [p for p in ports if p.published is None]
+            for mapping in self.node.ports.published(task.id):
+                kind = (mapping.protocol, mapping.container_port)
+                if mapping.service != service or (mapping.protocol, mapping.host_port) in named:
+                    continue
+                assert kind in {(p.protocol, p.target) for p in wanted}
+                nth = sum(
+                    (want.protocol, want.target) == kind and want.task == task.id for want in found
+                )
+                found[Want(service, task.id, *kind, nth)] = mapping.host_port
+        return found
+
+    def _is_allowed(self, protocol: Protocol, number: int) -> bool:
+        low, high = self.node.cluster.host_ports
+        return low <= number <= high and number not in protected.barred(self.node.cluster, protocol)
+
+    def _forget(self, lost: object) -> None:
+        self.told = {want: n for want, n in self.told.items() if not lost(want)}  # type: ignore[operator]
+
+
+def _answer_together(one: HostClaim, other: HostClaim) -> bool:
+    if (one.protocol, one.published) != (other.protocol, other.published):
+        return False
+    return one.address is None or other.address is None or one.address == other.address
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
