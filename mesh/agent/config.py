@@ -15,6 +15,7 @@ from mesh.errors import BadUsage
 from mesh.model.address import parse_address
 from mesh.model.names import check_name
 from mesh.model.node import Role, split_endpoint
+from mesh.model.publish import PublishMode
 from mesh.rules.marks import DEFAULT, Layout
 
 BACKENDS: Final = ("auto", "nftables", "iptables", "iptables-legacy", "iptables-nft")
@@ -67,7 +68,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One node's configuration.
 
     `endpoints` are where WireGuard answers ("192.0.2.1" or "192.0.2.1:51820"), best first; empty
-    means: the addresses of the interface with the default route.
+    means: the addresses of the interface with the default route.  `publish_mode` is the command
+    line's, for ports that do not say.
     """
 
     node: str
@@ -81,6 +83,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     overlay_device: str = "warren0"
     steering_device: str = "warren-x0"
     bridge: str = "warren-br0"
+    publish_mode: PublishMode = PublishMode.HOST
 
     def __post_init__(self) -> None:
         check_name(self.node, "node")

@@ -34,6 +34,17 @@ class _PortRange(click.ParamType[tuple[int, int]]):
         return int(match[1]), int(match[2])
 
 
+class _Ports(click.ParamType[tuple[str, ...]]):
+    name = "PORT[-END][/PROTO],…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(text.strip() for text in value.split(",") if text.strip())
+
+
 _PORT = click.IntRange(1, 65535)
 
 
@@ -52,6 +63,11 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--liveness-ttl", type=click.IntRange(1), help="Seconds until a silent node is out.")
 @click.option("--ingress-ports", type=_PortRange(), help="Dynamic ports of ingress mode.")
 @click.option("--host-ports", type=_PortRange(), help="Dynamic ports of host mode.")
+@click.option(
+    "--protected-ports",
+    type=_Ports(),
+    help="Ports that are published by force only (default 22/tcp,2379-2380/tcp; '' for none).",
+)
 def init(**given: Any) -> None:
     """Write the cluster's settings to an empty prefix of etcd.
 
@@ -169,6 +185,8 @@ def _print(settings: Cluster) -> None:
     rows = []
     for field in settings.__struct_fields__:
         value = getattr(settings, field)
-        text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = str(value)
+        if isinstance(value, tuple):
+            text = (", " if field == "protected_ports" else "-").join(map(str, value)) or "none"
         rows.append((field.replace("_", "-"), text))
     output.table(("SETTING", "VALUE"), [*rows, ("room for nodes", str(settings.capacity))])

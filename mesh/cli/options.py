@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from mesh.agent.config import AgentConfig, EtcdConfig
+    from mesh.model.publish import PublishMode
     from mesh.store.protocol import KeyValue, Store
     from mesh.store.schema import Keys
 
@@ -140,19 +141,39 @@ def agent_config() -> AgentConfig:
     return config.load(config_path())
 
 
+def publish_mode() -> PublishMode:
+    """How a port is published that does not say: as the environment, else the configuration has
+    it.  Raises BadUsage.
+    """
+    from mesh.model.publish import PublishMode
+
+    text = os.environ.get("MESH_PUBLISH_MODE")
+    if text is None:
+        known = _readable_config()
+        return PublishMode.HOST if known is None else known.publish_mode
+    try:
+        return PublishMode(text)
+    except ValueError:
+        raise errors.BadUsage(f"MESH_PUBLISH_MODE {text!r}: choose host or ingress") from None
+
+
+def _readable_config() -> AgentConfig | None:
+    """The configuration; one that nobody named here, where this user may read it."""
+    named = setting("config") not in (None, os.environ.get("MESH_CONFIG"))
+    return agent_config() if named or os.access(config_path(), os.R_OK) else None
+
+
 def etcd_config(*, read_file: bool = True) -> EtcdConfig:
     """How to reach etcd: the configuration file's answer, replaced field by field by options.
 
-    A file that only the environment or nobody names is read if this user can: before `node join`
-    there is none.  Raises BadUsage.
+    Before `node join` there may be no file.  Raises BadUsage.
     """
     import msgspec
 
     from mesh.agent.config import EtcdConfig
 
-    named = setting("config") not in (None, os.environ.get("MESH_CONFIG"))
-    wanted = read_file and (named or os.access(config_path(), os.R_OK))
-    base = agent_config().etcd if wanted else EtcdConfig()
+    known = _readable_config() if read_file else None
+    base = known.etcd if known is not None else EtcdConfig()
     with naming("etcd options"):
         return msgspec.structs.replace(base, **_etcd_fields())
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mesh.model.address import family_of, prefix_length
-from mesh.model.publish import Protocol, PublishedPort, PublishMode
+from mesh.model.publish import Protocol, PublishedPort, PublishMode, bracketed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mesh.model.cluster import Cluster
-    from mesh.model.view import IngressPort, ServiceView
+    from mesh.model.mapping import PortMapping
+    from mesh.model.view import ServiceView
 
 
 class Assigned(NamedTuple):
@@ -27,45 +29,55 @@ class Assigned(NamedTuple):
     @property
     def warren(self) -> str:
         """As Warren prints it: "8080:80/tcp (ingress)"."""
-        number = "dynamic" if self.published is None else str(self.published)
-        address = f"{_bracketed(self.port.host_ip)}:" if self.port.host_ip else ""
+        unnumbered = "random" if self.port.random else "dynamic"
+        number = unnumbered if self.published is None else str(self.published)
+        address = f"{bracketed(self.port.host_ip)}:" if self.port.host_ip else ""
         port = f"{address}{number}:{self.port.target}/{self.port.protocol.value}"
         return f"{port} ({self.port.mode.value}{'' if self.granted else ', not allocated yet'})"
 
 
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
-
-
 def assign(view: ServiceView) -> list[Assigned]:
-    """Every port of a service, in the order of its spec, with what the controller gave it."""
-    free: list[IngressPort] = list(view.ingress)
+    """Every port of a service, in the order of its spec, with what the controller gave it.
+
+    Host-mode ports that name none have another number on each node, and none here.
+    """
     asked = {(p.protocol, p.published) for p in view.spec.ports if p.published is not None}
-    found = []
-    for port in view.spec.ports:
-        if port.mode is PublishMode.HOST:
-            found.append(Assigned(port, port.published, granted=True))
-            continue
-        match = next((i for i in free if _answers(i, port, asked)), None)
-        if match is not None:
-            free.remove(match)
-        published = match.published if match is not None else port.published
-        found.append(Assigned(port, published, granted=match is not None))
-    return found
+    named, dynamic = set[tuple[Protocol, int, int]](), defaultdict[Any, deque[int]](deque)
+    for given in view.ingress:
+        if (given.protocol, given.published) in asked:
+            named.add((given.protocol, given.published, given.target))
+        else:
+            dynamic[given.protocol, given.target].append(given.published)
+    return [_assigned(port, named, dynamic) for port in view.spec.ports]
 
 
-def of_host(view: ServiceView) -> list[Assigned]:
-    """The host-mode ports: those that answer on the node of each task."""
-    return [item for item in assign(view) if item.port.mode is PublishMode.HOST]
+def _assigned(
+    port: PublishedPort, named: set[tuple[Protocol, int, int]], dynamic: dict[Any, deque[int]]
+) -> Assigned:
+    if port.mode is PublishMode.HOST:
+        return Assigned(port, port.published, granted=True)
+    if port.published is not None:
+        granted = (port.protocol, port.published, port.target) in named
+        return Assigned(port, port.published, granted)
+    given = dynamic.get((port.protocol, port.target))
+    return Assigned(port, given.popleft(), True) if given else Assigned(port, None, False)
 
 
-def _answers(given: IngressPort, port: PublishedPort, asked: set[tuple[Protocol, int]]) -> bool:
-    """Whether an allocation is the one that `port` asks for; dynamic ports take what is left."""
-    if (given.protocol, given.target) != (port.protocol, port.target):
-        return False
-    if port.published is None:
-        return (given.protocol, given.published) not in asked
-    return given.published == port.published
+def of_task(mappings: Iterable[PortMapping]) -> list[Assigned]:
+    """The host ports that really lead to a task, as its node tells."""
+    return [
+        Assigned(
+            PublishedPort(
+                target=one.container_port,
+                published=one.host_port,
+                protocol=one.protocol,
+                host_ip=one.host_ip or None,
+            ),
+            one.host_port,
+            granted=True,
+        )
+        for one in mappings
+    ]
 
 
 class _Run(NamedTuple):
@@ -82,13 +94,15 @@ class _Run(NamedTuple):
         if same != (other.port.protocol, other.port.mode, other.port.host_ip, other.granted):
             return None
         step = other.port.target - one.port.target
-        if (one.published or 0) + 1 != other.published or step not in (0, 1):
-            return None
-        return _Run(self.first, item, step) if self.step in (None, step) else None
+        if one.published is None or other.published is None:
+            follows = one.published is other.published and step == 1
+        else:
+            follows = one.published + 1 == other.published and step in (0, 1)
+        return _Run(self.first, item, step) if follows and self.step in (None, step) else None
 
     def __str__(self) -> str:
         port = self.first.port
-        address = "*" if port.host_ip is None else _bracketed(port.host_ip)
+        address = "*" if port.host_ip is None else bracketed(port.host_ip)
         published = _range(self.first.published, self.last.published)
         target = _range(port.target, self.last.port.target)
         note = " (host)" if port.mode is PublishMode.HOST else ""
@@ -103,7 +117,10 @@ def _range(low: int | None, high: int | None) -> str:
 
 
 def notation(assigned: Iterable[Assigned]) -> str:
-    """Swarm's PORTS column: "*:80-81->8080-8081/tcp, *:53->53/udp"; host mode is said so."""
+    """Swarm's PORTS column: "*:80-81->8080-8081/tcp, *:53->53/udp"; host mode is said so.
+
+    "?" stands for the number of a dynamic port that is not given yet, or one on each node.
+    """
     runs: list[_Run] = []
     for item in sorted(assigned, key=_order):
         grown = runs[-1].grow(item) if runs else None
@@ -114,28 +131,35 @@ def notation(assigned: Iterable[Assigned]) -> str:
     return ", ".join(map(str, runs))
 
 
-def _order(item: Assigned) -> tuple[str, str, int, int]:
+def _order(item: Assigned) -> tuple[str, str, str, int, int]:
     port = item.port
-    return port.mode.value, port.protocol.value, item.published or 0, port.target
+    place = (port.host_ip or "", item.published or 0, port.target)
+    return port.mode.value, port.protocol.value, *place
 
 
 def endpoint(view: ServiceView, cluster: Cluster | None) -> dict[str, Any]:
     """The service's Endpoint as Swarm's API has it; a number not yet given is left out."""
     return {
         "Spec": {"Mode": "dnsrr" if view.spec.vip == "none" else "vip"},
-        "Ports": [_swarm(item) for item in assign(view)],
+        "Ports": swarm(assign(view)),
         "VirtualIPs": [{"Addr": f"{vip}{_length(vip, cluster)}"} for vip in view.vips],
     }
 
 
-def _swarm(item: Assigned) -> dict[str, Any]:
-    port = {
-        "Protocol": item.port.protocol.value,
-        "TargetPort": item.port.target,
-        "PublishedPort": item.published if item.granted else None,
-        "PublishMode": item.port.mode.value,
-    }
-    return {name: value for name, value in port.items() if value is not None}
+def swarm(assigned: Iterable[Assigned]) -> list[dict[str, Any]]:
+    """Ports as Swarm's API has them, and the address of those that answer on one only."""
+    ports = (
+        {
+            "Name": item.port.name or None,
+            "Protocol": item.port.protocol.value,
+            "TargetPort": item.port.target,
+            "PublishedPort": item.published if item.granted else None,
+            "PublishMode": item.port.mode.value,
+            "HostIP": item.port.host_ip,
+        }
+        for item in assigned
+    )
+    return [{name: value for name, value in port.items() if value is not None} for port in ports]
 
 
 def _length(vip: str, cluster: Cluster | None) -> str:

@@ -11,6 +11,7 @@ from mesh.cli import options, output, spec_options
 
 if TYPE_CHECKING:
     from mesh.cli.options import Session
+    from mesh.cli.spec_options import Changes
     from mesh.cli.world import World
     from mesh.model.service import ServiceSpec
     from mesh.model.view import ServiceView
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 ALLOCATION_WAIT: Final = 3.0
 """Seconds that `create` waits for the controller: an election takes less."""
+
+
+_ONE_BY_ONE: Final = 16
+"""Ingress ports that are looked up one after the other; of more, all there are are read at once."""
 
 
 @click.group(cls=options.Noun)
@@ -35,44 +40,47 @@ def create(name: str, no_wait: bool, **given: Any) -> None:
     """
     from mesh.model.service import ServiceSpec
 
-    fields = spec_options.fields(given)
+    changes = spec_options.changes(given)
     with options.naming(f"service {name}"):
-        spec = ServiceSpec(name=name, **fields)
+        wanted = changes.made(ServiceSpec(name=name))
 
-    async def write_and_read(session: Session) -> World:
-        return await _read_back(session, spec, await _write_new(session, spec), wait=not no_wait)
+    async def write_and_read(session: Session) -> tuple[World, ServiceSpec]:
+        spec, revision = await _write_new(session, wanted, changes)
+        return await _read_back(session, spec, revision, wait=not no_wait), spec
 
-    _report(options.in_store(write_and_read), spec, "created", waited=not no_wait)
+    _report(*options.in_store(write_and_read), "created", waited=not no_wait)
 
 
 @service.command()
 @click.argument("name")
-@spec_options.apply
+@spec_options.apply_changes
 def update(name: str, no_wait: bool, **given: Any) -> None:
     """Change a service: what is given replaces what was, the rest stays.
 
     One --publish replaces all published ports, one --allow all allowed prefixes.
     """
-    fields = spec_options.fields(given)
-    if not fields:
+    changes = spec_options.changes(given)
+    if not changes:
         raise errors.BadUsage(
             f"service {name}: nothing to change; see `mesh service update --help`"
         )
 
     async def write_and_read(session: Session) -> tuple[World, ServiceSpec]:
-        spec, revision = await _replace(session, name, fields)
+        spec, revision = await _replace(session, name, changes)
         return await _read_back(session, spec, revision, wait=not no_wait), spec
 
     _report(*options.in_store(write_and_read), "updated", waited=not no_wait)
 
 
-async def _write_new(session: Session, spec: ServiceSpec) -> int:
-    """Write the spec if it and its ports are free; the revision of the write."""
+async def _write_new(
+    session: Session, wanted: ServiceSpec, changes: Changes
+) -> tuple[ServiceSpec, int]:
+    """Write a spec if it and its ports are free; it, and the revision of the write."""
     from mesh.cli import world
     from mesh.store import schema
     from mesh.store.protocol import Compare, Put
 
-    world.cluster(session)
+    spec = changes.allowed(wanted, (), world.cluster(session))
     key = session.keys.service(spec.name)
     written = await session.store.transact(
         (Compare(key, 0), *await _free_ports(session, spec)), (Put(key, schema.encode(spec)),)
@@ -83,13 +91,12 @@ async def _write_new(session: Session, spec: ServiceSpec) -> int:
             f"service {spec.name!r} exists: change it with `mesh service update`, or remove it "
             "with `mesh service rm`"
         )
-    return written.revision
+    return spec, written.revision
 
 
-async def _replace(session: Session, name: str, fields: dict[str, Any]) -> tuple[ServiceSpec, int]:
+async def _replace(session: Session, name: str, changes: Changes) -> tuple[ServiceSpec, int]:
     """Write the changed spec; what it is now, and the revision of the write."""
-    import msgspec
-
+    from mesh.cli import world
     from mesh.store import schema
     from mesh.store.protocol import Compare, Put
 
@@ -98,7 +105,8 @@ async def _replace(session: Session, name: str, fields: dict[str, Any]) -> tuple
         raise errors.NotFound(f"no service {name!r}: `mesh service create` makes one")
     with options.naming(f"service {name}"):
         old = schema.parse_service(found.key, found.value)
-        spec = msgspec.structs.replace(old, **fields)
+        spec = changes.made(old)
+    spec = changes.allowed(spec, old.ports, world.cluster(session))
     written = await session.store.transact(
         (Compare(found.key, found.mod_revision), *await _free_ports(session, spec)),
         (Put(found.key, schema.encode(spec)),),
@@ -115,21 +123,25 @@ async def _free_ports(session: Session, spec: ServiceSpec) -> list[Compare]:
     from mesh.store import schema
     from mesh.store.protocol import MAX_OPERATIONS, Compare
 
-    conditions = []
-    for port in spec.ports:
-        if port.mode is PublishMode.INGRESS and port.published is not None:
-            key = session.keys.port_allocation(port.protocol.value, port.published)
-            owner = await session.store.get(key)
-            if owner is None:
-                conditions.append(Compare(key, 0))
-                continue
-            holder = schema.decode(key, owner.value, PortAllocation).service
-            if holder != spec.name:
-                raise errors.Conflict(
-                    f"--publish: ingress port {port.published}/{port.protocol.value} belongs to "
-                    f"service {holder!r}; choose another port, or remove it there"
-                )
-    return conditions[: MAX_OPERATIONS - 1]
+    keys = session.keys
+    wanted = {
+        keys.port_allocation(port.protocol.value, port.published): port
+        for port in spec.ports
+        if port.mode is PublishMode.INGRESS and port.published is not None
+    }
+    if len(wanted) > _ONE_BY_ONE:
+        held = {item.key: item for item in (await session.store.list(keys.ports)).items}
+    else:
+        held = {key: item for key in wanted if (item := await session.store.get(key)) is not None}
+    for key in wanted.keys() & held.keys():
+        holder = schema.decode(key, held[key].value, PortAllocation).service
+        if holder != spec.name:
+            number = f"{wanted[key].published}/{wanted[key].protocol.value}"
+            raise errors.Conflict(
+                f"--publish: ingress port {number} belongs to service {holder!r}; choose another "
+                "port, or remove it there"
+            )
+    return [Compare(key, 0) for key in wanted.keys() - held.keys()][: MAX_OPERATIONS - 1]
 
 
 def _report(seen: World, spec: ServiceSpec, what: str, *, waited: bool) -> None:
@@ -256,7 +268,7 @@ def describe(seen: World, view: ServiceView) -> dict[str, Any]:
         "vip": list(view.vips),
         "endpoint": ports.endpoint(view, seen.state.cluster),
         "tasks": [task.describe(seen, item) for item in view.tasks],
-        "problems": seen.problems_of(view.spec.name),
+        "problems": seen.problems_of(view.spec.name) + seen.problems_on_nodes(view.spec.name),
     }
 
 

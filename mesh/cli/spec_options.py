@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,23 +14,59 @@ from mesh.cli import options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mesh.model.publish import PublishedPort
+    from mesh.model.cluster import Cluster
+    from mesh.model.publish import PublishedPort, PublishMode
+    from mesh.model.publish_syntax import Chosen
+    from mesh.model.service import ServiceSpec
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
-_OPTIONS = (
+_PORT = "[IP:][PUB[-END]:]CTR[-END][/PROTO]"
+
+
+class _Mode(click.Option):
+    """--publish-mode, whose default is the environment's or the configuration's."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        assert record is not None  # it is not hidden
+        try:
+            default = options.publish_mode().value
+        except errors.MeshError:
+            default = "host"
+        return record[0], f"{record[1]}  [default: {default}]"
+
+
+_PORT_OPTIONS = (
     click.option(
         "-p",
         "--publish",
         multiple=True,
-        metavar="HOST:CTR[/tcp|udp]",
-        help="Publish container port CTR as HOST; repeatable.",
+        metavar=_PORT,
+        help="Publish container port CTR as PUB, without PUB as one of the dynamic range; also as "
+        "target=CTR,published=PUB with protocol=, mode=, host_ip=, name=; repeatable.",
     ),
     click.option(
         "--publish-mode",
+        cls=_Mode,
         type=click.Choice(["host", "ingress"]),
-        help="Where it answers: on the nodes that run the service (default), or on every node.",
+        help="Where ports answer that do not say: on the nodes that run the service, or on every "
+        "node [env: MESH_PUBLISH_MODE; publish_mode in the configuration].",
     ),
+    click.option("--force", is_flag=True, help="Publish protected ports too (not the mesh's own)."),
+)
+_CHANGES = (
+    click.option(
+        "--publish-add", multiple=True, metavar=_PORT, help="Publish this port too; repeatable."
+    ),
+    click.option(
+        "--publish-rm",
+        multiple=True,
+        metavar="[PUB:]CTR[/PROTO]",
+        help="Publish the container port no more; repeatable.",
+    ),
+)
+_OPTIONS = (
     click.option("--vip", metavar="auto|none|ADDRESS", help="The service's virtual address."),
     click.option(
         "--affinity",
@@ -56,12 +93,115 @@ _OPTIONS = (
 
 def apply(verb: F) -> F:
     """A verb with all of them."""
-    for option in reversed(_OPTIONS):
+    return _with(verb, (*_PORT_OPTIONS, *_OPTIONS))
+
+
+def apply_changes(verb: F) -> F:
+    """A verb with all of them, and those that change a list of ports."""
+    return _with(verb, (*_PORT_OPTIONS, *_CHANGES, *_OPTIONS))
+
+
+def _with(verb: F, wanted: tuple[Callable[[F], F], ...]) -> F:
+    for option in reversed(wanted):
         verb = option(verb)
     return verb
 
 
-def fields(given: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is to become of a spec: fields that are replaced, ports that come and go.
+
+    `force` publishes protected ports too.
+    """
+
+    fields: dict[str, Any]
+    added: tuple[PublishedPort, ...] = ()
+    removed: tuple[Chosen, ...] = ()
+    force: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.fields or self.added or self.removed)
+
+    def made(self, spec: ServiceSpec) -> ServiceSpec:
+        """The spec with them.  Raises NotFound for a port that is not there, and ValueError for
+        ports that do not go together.
+        """
+        import msgspec
+
+        ports: list[PublishedPort] = list(self.fields.get("ports", spec.ports))
+        for chosen in self.removed:
+            left = [port for port in ports if not chosen.includes(port)]
+            if len(left) == len(ports):
+                known = ", ".join(map(str, ports)) or "none"
+                raise errors.NotFound(
+                    f"--publish-rm: {chosen.spec!r} names no published port; there are {known}"
+                )
+            ports = left
+        for port in self.added:
+            ports = [one for one in ports if _place(one) != _place(port)] + [port]
+        return msgspec.structs.replace(spec, **{**self.fields, "ports": tuple(ports)})
+
+    def allowed(
+        self, spec: ServiceSpec, known: tuple[PublishedPort, ...], cluster: Cluster
+    ) -> ServiceSpec:
+        """The spec with its protected ports forced.  Raises Conflict where one may not be.
+
+        Not about ports that are `known`, which were there before.
+        """
+        import msgspec
+
+        ports = tuple(
+            port if port in known else _checked(port, cluster, self.force) for port in spec.ports
+        )
+        return msgspec.structs.replace(spec, ports=ports)
+
+
+def _place(port: PublishedPort) -> tuple[object, ...]:
+    """Where a port answers and what it leads to: one that is added again takes its place."""
+    return port.host_ip, port.published, port.protocol, port.target
+
+
+def _checked(port: PublishedPort, cluster: Cluster, force: bool) -> PublishedPort:
+    """A port, forced if it has to be and may be.  Raises Conflict."""
+    import msgspec
+
+    from mesh.model import protected
+
+    if port.published is None:
+        return port
+    guard = protected.protection(cluster, port.protocol, port.published)
+    if guard is None:
+        return port
+    if not (guard.forcible and force):
+        remedy = " (--force)" if guard.forcible else ""
+        raise errors.Conflict(
+            f"--publish: port {port.published}/{port.protocol.value} {guard.reason}{remedy}"
+        )
+    return msgspec.structs.replace(port, force=True)
+
+
+def changes(given: dict[str, Any]) -> Changes:
+    """What options ask for.  Raises BadUsage."""
+    from mesh.model.publish import PublishMode
+    from mesh.model.publish_syntax import parse_chosen
+
+    found = _fields(given)
+    added, removed = given.get("publish_add", ()), given.get("publish_rm", ())
+    if given["publish"] and (added or removed):
+        raise errors.BadUsage(
+            "--publish replaces all ports: leave it out, or --publish-add and --publish-rm"
+        )
+    if given["publish_mode"] is not None and not (given["publish"] or added):
+        raise errors.BadUsage("--publish-mode: give the ports it is for with --publish [HOST:]CTR")
+    mode = PublishMode(given["publish_mode"]) if given["publish_mode"] else options.publish_mode()
+    if given["publish"]:
+        found["ports"] = _ports(given["publish"], mode, "--publish")
+    with options.naming("--publish-rm"):
+        chosen = tuple(map(parse_chosen, removed))
+    return Changes(found, _ports(added, mode, "--publish-add"), chosen, given["force"])
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
     from mesh.model.address import parse_address, parse_prefix
     from mesh.model.service import Affinity, Prefer, Source
@@ -74,10 +214,6 @@ def fields(given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: kind(given[name]) for name, kind in kinds.items() if given[name] is not None
     }
-    if given["publish"]:
-        found["ports"] = _ports(given["publish"], given["publish_mode"] or "host")
-    elif given["publish_mode"] is not None:
-        raise errors.BadUsage("--publish-mode: give the ports it is for with --publish HOST:CTR")
     if given["vip"] is not None:
         with options.naming("--vip"):
             named = given["vip"] in ("auto", "none")
@@ -90,10 +226,8 @@ def fields(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _ports(texts: tuple[str, ...], mode: str) -> tuple[PublishedPort, ...]:
-    from mesh.model import publish_syntax
-    from mesh.model.publish import PublishMode
+def _ports(texts: tuple[str, ...], mode: PublishMode, option: str) -> tuple[PublishedPort, ...]:
+    from mesh.model.publish_syntax import parse
 
-    with options.naming("--publish"):
-        each = (publish_syntax.parse(text, PublishMode(mode)) for text in texts)
-        return tuple(chain.from_iterable(each))
+    with options.naming(option):
+        return tuple(chain.from_iterable(parse(text, mode) for text in texts))

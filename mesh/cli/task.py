@@ -151,7 +151,6 @@ def print_table(seen: World, tasks: Iterable[Task], *, with_service: bool = Fals
     from mesh.cli import ports
 
     def row(item: Task) -> list[output.Cell]:
-        view = seen.state.service_view(item.service)
         health = seen.health_of(item)
         return [
             *([item.service] if with_service else []),
@@ -160,7 +159,7 @@ def print_table(seen: World, tasks: Iterable[Task], *, with_service: bool = Fals
             ", ".join(item.addresses),
             _state(seen, item),
             "-" if health is None else _health(health.healthy, health.reason),
-            (ports.notation(ports.of_host(view)) or "-") if view is not None else "-",
+            ports.notation(ports.of_task(seen.published_of(item))) or "-",
         ]
 
     columns = ("TASK", "NODE", "ADDRESSES", "STATE", "HEALTH", "PORTS")
@@ -183,13 +182,18 @@ def _health(healthy: bool, reason: str) -> output.Cell:
 
 
 def describe(seen: World, item: Task) -> dict[str, Any]:
-    """A task as one JSON object: its record, its health, and whether it gets new connections."""
+    """A task as one JSON object: its record, its health and host ports, and whether it gets new
+    connections.
+    """
     import msgspec
+
+    from mesh.cli import ports
 
     view = seen.state.service_view(item.service)
     return {
         **msgspec.to_builtins(item),
         "health": seen.health_of(item),
+        "ports": ports.swarm(ports.of_task(seen.published_of(item))),
         "nodeAlive": item.node in seen.alive,
         "eligible": view is not None and seen.serves(view, item),
     }

@@ -19,6 +19,7 @@ from mesh.store import schema
 if TYPE_CHECKING:
     from mesh.cli.options import Session
     from mesh.model.cluster import NodeNetwork
+    from mesh.model.mapping import PortMapping
     from mesh.model.node import Node
     from mesh.model.task import Task
     from mesh.model.view import ServiceView
@@ -43,6 +44,7 @@ class World:
     alive: set[str] = field(default_factory=set)
     draining: set[str] = field(default_factory=set)
     health: dict[tuple[str, str], Health] = field(default_factory=dict)
+    published: dict[tuple[str, str], tuple[PortMapping, ...]] = field(default_factory=dict)
     applied: dict[str, Applied] = field(default_factory=dict)
     reports: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
     reported: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -104,6 +106,21 @@ class World:
         found = self.health.get((task.node, task.id))
         return found if found is not None and found.service == task.service else None
 
+    def published_of(self, task: Task) -> tuple[PortMapping, ...]:
+        """The host ports that lead to a task, as its node tells."""
+        found = self.published.get((task.node, task.id), ())
+        return tuple(mapping for mapping in found if mapping.service in ("", task.service))
+
+    def problems_on_nodes(self, service: str) -> tuple[Problem, ...]:
+        """What nodes cannot do for a service or its tasks."""
+        names = (f"service {service}", f" of service {service}")
+        return tuple(
+            Problem(about=f"node {node}", message=f"{problem.about}: {problem.message}")
+            for node, applied in sorted(self.applied.items())
+            for problem in applied.problems
+            if problem.about == names[0] or problem.about.endswith(names[1])
+        )
+
     def serves(self, view: ServiceView, task: Task) -> bool:
         """Whether a task may be given new connections by some node of the cluster."""
         return task.node in self.alive and view.accepts(task)
@@ -120,6 +137,8 @@ class World:
             case ["maintenance", name]:
                 if item.value.strip(b' "\n') == b"draining":
                     self.draining.add(name)
+            case ["published", node, task]:
+                self.published[node, task] = schema.parse_mappings(item.key, item.value) or ()
             case ["applied", name]:
                 self.applied[name] = schema.decode(item.key, item.value, Applied)
             case ["health", node, task]:

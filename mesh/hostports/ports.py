@@ -274,7 +274,7 @@ def _wants(
 
 def _wishes(service: str, here: _Here) -> dict[Want, Wish]:
     return {
-        want: Wish(created, place, port.random)
+        want: Wish(created, place, bool(port.random))
         for task, created in here.tasks
         for place, (want, port) in enumerate(_wants(service, task, here.ports))
         if port.published is None

@@ -6,6 +6,7 @@ import enum
 from typing import Final
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from mesh.model.address import parse_address
 from mesh.model.names import check_name
@@ -60,11 +61,14 @@ class PublishedPort(
     protocol: Protocol = Protocol.TCP
     mode: PublishMode = PublishMode.HOST
     host_ip: str | None = msgspec.field(default=None, name="hostIP")
-    name: str | None = None
-    random: bool = False
-    force: bool = False
+    name: str | UnsetType | None = UNSET
+    random: bool | UnsetType = UNSET
+    force: bool | UnsetType = UNSET
 
     def __post_init__(self) -> None:
+        for field in ("name", "random", "force"):  # what says nothing is not written
+            if not getattr(self, field):
+                msgspec.structs.force_setattr(self, field, UNSET)
         if self.target not in PORTS:
             raise ValueError(f"target port {self.target} is not in 1-65535")
         if self.published == 0:
@@ -79,7 +83,7 @@ class PublishedPort(
             raise ValueError(f"published port {self.published} cannot be random as well")
         if self.random and self.mode is PublishMode.INGRESS:
             raise ValueError("a random port needs mode host: ingress ports are given in turn")
-        if self.name is not None:
+        if self.name:
             check_name(self.name, "port name")
 
     def __str__(self) -> str:

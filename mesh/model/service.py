@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import msgspec
 
 from mesh.model.address import parse_address, parse_prefix
 from mesh.model.names import check_name, parse_duration
 from mesh.model.publish import PublishedPort, PublishMode
+
+MOST_PORTS: Final = 10_240
+"""Published ports of one service: with more, its record is beyond the 1.5 MiB that etcd takes."""
 
 
 class Affinity(enum.Enum):
@@ -84,6 +88,11 @@ class ServiceSpec(
         self._check_ports()
 
     def _check_ports(self) -> None:
+        if len(self.ports) > MOST_PORTS:
+            raise ValueError(
+                f"{len(self.ports)} published ports: a service may have {MOST_PORTS}, so make "
+                "several of it"
+            )
         taken: dict[tuple[object, ...], PublishedPort] = {}
         for port in self.ports:
             if port.published is None:

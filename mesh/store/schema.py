@@ -81,6 +81,11 @@ class Keys:
         """The owner of an ingress port."""
         return f"{self.prefix}/allocations/ports/{protocol}/{port}"
 
+    @property
+    def ports(self) -> str:
+        """The prefix of the owners of all ingress ports."""
+        return f"{self.prefix}/allocations/ports/"
+
     def cursor(self, pool: str) -> str:
         """Where the allocator of `pool` goes on, so that freed values rest."""
         return f"{self.prefix}/allocations/cursors/{pool}"

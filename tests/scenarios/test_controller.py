@@ -239,6 +239,60 @@ async def test_the_overlay_s_own_ports_cannot_be_published(world: Allocations, p
     assert await world.problems() == {"services/a": (f"{port}/udp",)}
 
 
+async def test_protected_ports_are_published_by_force_only(world: Allocations) -> None:
+    forced = ingress(2379)
+    await world.service(
+        "a", ingress(22), ingress(8080), msgspec.structs.replace(forced, force=True)
+    )
+    await world.service("b", ingress(22, protocol=Protocol.UDP))
+    await world.service("c", *(ingress(n, protocol=Protocol.UDP) for n in (51820, 4790)))
+
+    async with world.controller():
+        await world.settled()
+
+    assert await world.ports() == {
+        "tcp/2379": ("a", 80),
+        "tcp/8080": ("a", 80),
+        "udp/22": ("b", 80),
+    }
+    assert await world.problems() == {
+        "services/a": ("22/tcp",),
+        "services/c": ("51820/udp", "4790/udp"),
+    }
+
+
+async def test_a_port_that_becomes_protected_is_freed_and_given_back_when_it_is_no_more(
+    world: Allocations,
+) -> None:
+    await world.service("a", ingress(8080))
+    async with world.controller():
+        await world.settled()
+        guarded = msgspec.structs.replace(CLUSTER, protected_ports=("8080",))
+        await world.store.put(KEYS.cluster, encode(guarded))
+        await world.settled()
+        ports, problems = await world.ports(), await world.problems()
+        await world.store.put(KEYS.cluster, encode(CLUSTER))
+        await world.settled()
+
+    assert ports == {}
+    assert problems == {"services/a": ("8080/tcp",)}
+    assert await world.ports() == {"tcp/8080": ("a", 80)}
+    assert await world.problems() == {}
+
+
+async def test_a_range_of_a_thousand_ports_is_allocated_whole(world: Allocations) -> None:
+    await world.service("a", *(ingress(port, port) for port in range(10000, 11000)))
+
+    async with world.controller():
+        await world.settled()
+        ports = await world.ports()
+        await world.store.delete(KEYS.service("a"))
+        await world.settled()
+
+    assert ports == {f"tcp/{port}": ("a", port) for port in range(10000, 11000)}
+    assert await world.ports() == {}
+
+
 async def test_dynamic_ports_leave_out_the_overlay_s_own(world: Allocations) -> None:
     around = (CLUSTER.steering_port - 1, CLUSTER.steering_port + 1)
     cluster = msgspec.structs.replace(CLUSTER, ingress_ports=around)

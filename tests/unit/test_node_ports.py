@@ -213,16 +213,44 @@ def test_what_ended_while_no_agent_ran_is_free_and_its_record_goes() -> None:
 def test_who_named_a_number_while_no_agent_ran_is_refused() -> None:
     node = Node()
     node.publish("old", port(80, 8080), tasks=["o-1"])
-    node.publish("a", port(80), port(80, 32003), tasks=["a-1"])
+    node.publish("a", port(80, 32000), port(80), tasks=["a-1"])
     node.settle()
     node.write()
-    node.services["old"] = (port(80, 32000),), node.services["old"][1]
+    node.services["old"] = (port(80, 32001),), node.services["old"][1]
 
     node.restart()
     node.settle()
 
-    assert {claim.published for claim in node.ports.granted("a")} == {32000, 32003}
+    assert {claim.published for claim in node.ports.granted("a")} == {32000, 32001}
     assert node.numbers("old") == {}
+
+
+def test_a_number_that_became_an_ingress_port_while_no_agent_ran_is_exchanged() -> None:
+    node = Node()
+    node.publish("a", port(), tasks=["a-1"])
+    node.settle()
+    node.write()
+
+    node.restart()
+    node.ports.reserve(TCP, 32000, "web")
+    node.settle()
+
+    assert node.numbers("a") == {("a-1", 80): 32001}
+
+
+def test_a_record_of_a_task_that_ended_is_no_promise_to_the_next_of_its_name() -> None:
+    node = Node()
+    node.publish("a", port(), tasks=["a-1"])
+    node.settle()
+    node.write()
+    node.services["a"] = (port(),), []
+    node.restart()
+    node.settle()
+
+    node.publish("a", port(), tasks=["a-1"])
+    node.settle()
+
+    assert node.numbers("a") == {("a-1", 80): 32001}
 
 
 @pytest.mark.parametrize("number", [22, 31999, 32004])
@@ -322,6 +350,19 @@ def test_only_what_is_granted_is_written() -> None:
     node.settle()
     node.write()
     assert node.records.keys() == {"a-2"}
+
+
+def test_whoever_gets_a_port_that_another_service_left_is_written() -> None:
+    node = Node()
+    node.publish("a", port(80, 8080), tasks=["a-1"])
+    node.publish("b", port(80, 8080), tasks=["b-1"])
+    node.write()
+    node.write()
+
+    node.publish("a")
+    node.write()
+
+    assert node.records.keys() == {"b-1"}
 
 
 # ---- claims
