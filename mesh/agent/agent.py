@@ -234,7 +234,7 @@ class Agent:
         try:
             self._pending = _NOTHING
             revision = self._state.revision
-            self._state.settle()
+            self._state.settle(_NOTHING)
             await rules.start(parameters)
             self._forwarding.set()
             gc.collect()
@@ -246,8 +246,7 @@ class Agent:
             tasks.create_task(lease.run(), name="lease")
             reports = reporter.run(lambda: self._problems(rules), self._follower.orders_in)
             tasks.create_task(reports, name="reporter")
-            tasks.create_task(self._published.run(), name="published")
-            self._published.wake()
+            self._published.look_after(tasks)
             rules.look_after(tasks)
             log.info("forwarding node=%s number=%d", own, parameters.network.number)
             held = False
@@ -263,8 +262,7 @@ class Agent:
                     await asyncio.sleep(CATCH_UP)  # what came back with the settings
                 touched, self._pending = self._pending, _NOTHING
                 revision = self._state.revision
-                numbered = self._state.settle()
-                await rules.reconcile(touched._replace(services=touched.services | numbered))
+                await rules.reconcile(self._state.settle(touched))
                 reporter.applied(revision)
                 self._published.wake()
         finally:

@@ -77,6 +77,11 @@ class Published:
             log.warning("dynamic ports begin anew: %s", error)
         self._ports.resume(self._cursors)
 
+    def look_after(self, tasks: asyncio.TaskGroup) -> None:
+        """Write from now on, and at once."""
+        self.wake()
+        tasks.create_task(self.run(), name="published")
+
     def wake(self) -> None:
         """The kernel has what is granted now."""
         self._wake.set()

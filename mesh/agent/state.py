@@ -260,12 +260,13 @@ class State:
         )
         return self.hostports.update(service, self._services.get(service), here)
 
-    def settle(self) -> frozenset[str]:
-        """Give and take back dynamic host ports; which services that touches.
+    def settle(self, touched: Touched) -> Touched:
+        """Give and take back dynamic host ports, before what was `touched` is planned; what is
+        touched with that.
 
-        To be called before what `apply` touched is planned, and only while etcd holds the truth.
+        Only while etcd holds the truth: what it lost for a moment keeps its numbers.
         """
-        return self.hostports.settle()
+        return touched._replace(services=touched.services | self.hostports.settle())
 
     # ---- problems
 

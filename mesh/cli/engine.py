@@ -121,7 +121,7 @@ async def _read(session: Session, name: str, here: AgentConfig | None, asked: st
     world.cluster(session)
     known = state.State(session.keys, name)
     known.apply(await session.store.list(f"{session.keys.prefix}/"))
-    known.settle()
+    known.settle(state.Touched(frozenset(), nodes=False))
     node, peers = known.node_view(), known.peers()
     if node is None or name not in peers:
         raise errors.NotFound(

@@ -100,11 +100,11 @@ def _parse_target(text: str) -> tuple[str, int, Protocol]:
     elif ":" in host:
         host = ""
     if not (host and port.isascii() and port.isdigit() and int(port) in PORTS):
-        raise errors.BadUsage(f"{text!r}: write DST:PORT[/tcp|udp], IPv6 as [ADDR]:PORT")
+        raise errors.BadUsage(f"{text!r}: write DST:PORT[/tcp|udp|sctp], IPv6 as [ADDR]:PORT")
     try:
         return host, int(port), Protocol(name) if slash else Protocol.TCP
     except ValueError:
-        raise errors.BadUsage(f"{text!r}: the protocol is tcp or udp, not {name!r}") from None
+        raise errors.BadUsage(f"{text!r}: the protocol is tcp, udp or sctp, not {name!r}") from None
 
 
 def _is_ours(host: str, rules: Rules) -> bool:

@@ -5,19 +5,20 @@ two owners, none leaks, none comes from outside the range, and a task keeps what
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mesh.hostports.allocator import Want
 from mesh.model import protected
 from mesh.model.publish import Protocol
 from tests.support.hostports import CLUSTER, Node, port
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mesh.model.publish import PublishedPort
     from mesh.model.view import HostClaim
 
@@ -41,6 +42,16 @@ PORTS = st.lists(
 )
 
 
+class Told(NamedTuple):
+    """What a dynamic port of a task was given."""
+
+    service: str
+    task: str
+    protocol: Protocol
+    target: int
+    number: int
+
+
 class Histories(RuleBasedStateMachine):
     """Steps of users, of failures and of the agent; the invariants are the promises."""
 
@@ -48,7 +59,7 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.node = Node()
         self.reserved: set[tuple[Protocol, int]] = set()
-        self.told: dict[Want, int] = {}
+        self.told: set[Told] = set()
         """What was written down of tasks that live on, and nothing took from them."""
 
     # ---- what users do
@@ -56,7 +67,7 @@ class Histories(RuleBasedStateMachine):
     @rule(service=SERVICES, ports=PORTS)
     def put_service(self, service: str, ports: list[PublishedPort]) -> None:
         self.node.publish(service, *ports)
-        self._forget(lambda want: want.service == service)
+        self._forget(lambda one: one.service == service)
 
     @rule(service=SERVICES, task=TASKS)
     def start(self, service: str, task: str) -> None:
@@ -68,7 +79,7 @@ class Histories(RuleBasedStateMachine):
     def end(self, service: str, task: str) -> None:
         if service in self.node.services:
             self.node.end(service, task)
-        self._forget(lambda want: (want.service, want.task) == (service, task))
+        self._forget(lambda one: (one.service, one.task) == (service, task))
 
     @rule(service=SERVICES, task=TASKS)
     def drain(self, service: str, task: str) -> None:
@@ -79,7 +90,7 @@ class Histories(RuleBasedStateMachine):
     def allocate_ingress(self, protocol: Protocol, number: int) -> None:
         self.reserved.add((protocol, number))
         self.node.ports.reserve(protocol, number, "web")
-        self._forget(lambda want: (want.protocol, self.told[want]) == (protocol, number))
+        self._forget(lambda one: (one.protocol, one.number) == (protocol, number))
 
     @rule(protocol=PROTOCOLS, number=st.integers(32000, 32003))
     def free_ingress(self, protocol: Protocol, number: int) -> None:
@@ -92,7 +103,7 @@ class Histories(RuleBasedStateMachine):
             CLUSTER, host_ports=span, protected_ports=barred
         )
         self.node.ports.confine(self.node.cluster)
-        self._forget(lambda want: not self._is_allowed(want.protocol, self.told[want]))
+        self._forget(lambda one: not self._is_allowed(one))
 
     # ---- what the agent does
 
@@ -128,14 +139,12 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def dynamic_ports_are_of_the_range(self) -> None:
         for service in self.node.services:
-            for want, number in self._dynamic(service).items():
-                assert self._is_allowed(want.protocol, number), (want, number)
+            assert all(map(self._is_allowed, self._dynamic(service)))
 
     @invariant()
     def tasks_keep_what_they_were_told(self) -> None:
-        now = {w: n for service in self.node.services for w, n in self._dynamic(service).items()}
-        for want, number in self.told.items():
-            assert now.get(want) == number, (want, number, now.get(want))
+        now = {one for service in self.node.services for one in self._dynamic(service)}
+        assert self.told <= now
 
     @precondition(lambda self: not self.reserved)
     @rule()
@@ -169,30 +178,27 @@ class Histories(RuleBasedStateMachine):
 
     # ---- looking
 
-    def _dynamic(self, service: str) -> dict[Want, int]:
+    def _dynamic(self, service: str) -> set[Told]:
         """The numbers of a service's dynamic ports."""
         ports, tasks = self.node.services[service]
         named = {(p.protocol, p.published) for p in ports}
-        found: dict[Want, int] = {}
+        dynamic = {(p.protocol, p.target) for p in ports if p.published is None}
+        found: set[Told] = set()
         for task, _ in tasks:
-            wanted = [p for p in ports if p.published is None]
-            for mapping in self.node.ports.published(task.id):
-                kind = (mapping.protocol, mapping.container_port)
-                if mapping.service != service or (mapping.protocol, mapping.host_port) in named:
-                    continue
-                assert kind in {(p.protocol, p.target) for p in wanted}
-                nth = sum(
-                    (want.protocol, want.target) == kind and want.task == task.id for want in found
-                )
-                found[Want(service, task.id, *kind, nth)] = mapping.host_port
+            for one in self.node.ports.published(task.id):
+                if one.service == service and (one.protocol, one.host_port) not in named:
+                    assert (one.protocol, one.container_port) in dynamic
+                    place = (one.protocol, one.container_port, one.host_port)
+                    found.add(Told(service, task.id, *place))
         return found
 
-    def _is_allowed(self, protocol: Protocol, number: int) -> bool:
+    def _is_allowed(self, one: Told) -> bool:
         low, high = self.node.cluster.host_ports
-        return low <= number <= high and number not in protected.barred(self.node.cluster, protocol)
+        barred = protected.barred(self.node.cluster, one.protocol)
+        return low <= one.number <= high and one.number not in barred
 
-    def _forget(self, lost: object) -> None:
-        self.told = {want: n for want, n in self.told.items() if not lost(want)}  # type: ignore[operator]
+    def _forget(self, lost: Callable[[Told], bool]) -> None:
+        self.told = {one for one in self.told if not lost(one)}
 
 
 def _answer_together(one: HostClaim, other: HostClaim) -> bool:

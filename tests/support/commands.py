@@ -38,7 +38,8 @@ class CommandLine:
         yield self.store
 
     def run(self, *args: str, env: dict[str, str] | None = None) -> Result:
-        clean = {"MESH_ETCD": None, "MESH_CONFIG": None, "MESH_ETCD_USER": None}
+        names = ("MESH_ETCD", "MESH_CONFIG", "MESH_ETCD_USER", "MESH_PUBLISH_MODE")
+        clean = dict.fromkeys(names)
         return CliRunner(env={**clean, **(env or {})}).invoke(main.mesh, args, obj=self.connect)
 
     def ok(self, *args: str) -> str:

@@ -280,7 +280,7 @@ def test_a_file_that_is_no_dump_is_bad_usage(cli: CommandLine, dumped: Path, nam
         (("trace", CLIENT, "192.0.2.1", "--node", "n1"), 2, "DST:PORT"),
         (("trace", CLIENT, "2001:db8::1:80", "--node", "n1"), 2, "[ADDR]:PORT"),
         (("trace", CLIENT, "[2001:db8::1]:80", "--node", "n1"), 2, "two families"),
-        (("trace", CLIENT, "192.0.2.1:80/sctp", "--node", "n1"), 2, "tcp or udp"),
+        (("trace", CLIENT, "192.0.2.1:80/dccp", "--node", "n1"), 2, "tcp, udp or sctp"),
         (("trace", CLIENT, "192.0.2.1:99999", "--node", "n1"), 2, "DST:PORT"),
         (("trace", "nobody", "web:80", "--node", "n1"), 3, "'nobody'"),
         (("trace", CLIENT, "nobody:80", "--node", "n1"), 3, "'nobody'"),
