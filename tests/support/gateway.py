@@ -70,6 +70,11 @@ class Records:
                 found[key.removeprefix(f"/mesh/{prefix}")] = json.loads(value)
         return {name: record for name, record in found.items() if isinstance(record, dict)}
 
+    def names(self, prefix: str) -> set[str]:
+        """The keys below a prefix that ends in a slash, without it."""
+        found = self._range(prefix, range_end=encoded(end_of(prefix)))
+        return {key.removeprefix(f"/mesh/{prefix}") for key in found}
+
     def _range(self, key: str, **options: str) -> dict[str, bytes]:
         reply = self.call("kv/range", {"key": full(key), **options})
         return {
