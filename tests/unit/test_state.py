@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.agent.state import State
+from mesh.agent.state import State, Touched
 from tests.support import records
 from tests.support.records import KEYS
 
@@ -184,3 +184,33 @@ def test_a_host_port_is_granted_to_the_oldest_task_and_passed_on() -> None:
     assert [len(ports) for ports in before] == [0, 1]
     assert touched.services == {"db", "db2"}
     assert [len(ports) for ports in after] == [1, 0]
+
+
+def test_a_node_believes_its_own_record_of_dynamic_ports_and_nobody_else_s() -> None:
+    def record(number: int) -> bytes:
+        mapping = f'{{"hostPort": {number}, "containerPort": 80, "protocol": "TCP"'
+        return f'[{mapping}, "podName": "a", "podIP": "10.0.1.2", "service": "web"}}]'.encode()
+
+    state = _state(
+        records.service("web", {"target": 80}),
+        records.task("web", "a", 1, 2),
+        {KEYS.published("n1", "a"): record(32007), KEYS.published("n2", "a"): record(32005)},
+    )
+    before = state.service_view("web")
+
+    touched = state.settle(Touched(frozenset({"x"}), nodes=True))
+
+    after = state.service_view("web")
+    assert before is not None
+    assert after is not None
+    assert before.host_ports == frozenset()
+    assert {claim.published for claim in after.host_ports} == {32007}
+    assert touched == (frozenset({"x", "web"}), True)
+    assert state.hostports.unwritten() == {}
+
+
+def test_an_unreadable_record_of_ports_is_a_node_s_own_business() -> None:
+    state = _state({KEYS.published("n1", "a"): b"{", KEYS.published("n2", "a"): b"{"})
+
+    assert state.hostports.unwritten() == {"a": ()}
+    assert list(state.problems()) == []
