@@ -34,9 +34,9 @@ _SHIFTS: Final = (16, 12, 8, 4, 0)
 _ROOT: Final = 20
 _ID_BITS: Final = 18
 
-_ANY: Final = "! -p 33"
-"""DNAT to a port wants one of the protocols that have ports; a pool serves them all but DCCP, which
-no frontend has.  By number: not every host has a name for it."""
+_ANY: Final = "! -p icmp"
+"""DNAT to a port wants a protocol named that has ports, or ICMP; a pool serves all but that, which no
+frontend has."""
 
 _POOL: Final = re.compile(r"MESH-P-([0-9a-f]{5})")
 _BUCKET: Final = re.compile(r"MESH-H-([0-9a-f]+)-([0-9a-f]+)")
