@@ -26,15 +26,6 @@ class Assigned(NamedTuple):
     published: int | None
     granted: bool
 
-    @property
-    def warren(self) -> str:
-        """As Warren prints it: "8080:80/tcp (ingress)"."""
-        unnumbered = "random" if self.port.random else "dynamic"
-        number = unnumbered if self.published is None else str(self.published)
-        address = f"{bracketed(self.port.host_ip)}:" if self.port.host_ip else ""
-        port = f"{address}{number}:{self.port.target}/{self.port.protocol.value}"
-        return f"{port} ({self.port.mode.value}{'' if self.granted else ', not allocated yet'})"
-
 
 def assign(view: ServiceView) -> list[Assigned]:
     """Every port of a service, in the order of its spec, with what the controller gave it.
@@ -90,8 +81,7 @@ class _Run(NamedTuple):
     def grow(self, item: Assigned) -> _Run | None:
         """The run with one more port, or None if it does not belong to it."""
         one, other = self.last, item
-        same = (one.port.protocol, one.port.mode, one.port.host_ip, one.granted)
-        if same != (other.port.protocol, other.port.mode, other.port.host_ip, other.granted):
+        if _nature(one) != _nature(other):
             return None
         step = other.port.target - one.port.target
         if one.published is None or other.published is None:
@@ -100,35 +90,67 @@ class _Run(NamedTuple):
             follows = one.published + 1 == other.published and step in (0, 1)
         return _Run(self.first, item, step) if follows and self.step in (None, step) else None
 
-    def __str__(self) -> str:
+    @property
+    def swarm(self) -> str:
+        """As Swarm prints it: "*:8080->80/tcp"; host mode is said so."""
         port = self.first.port
         address = "*" if port.host_ip is None else bracketed(port.host_ip)
-        published = _range(self.first.published, self.last.published)
-        target = _range(port.target, self.last.port.target)
         note = " (host)" if port.mode is PublishMode.HOST else ""
         note += "" if self.first.granted else " (pending)"
-        return f"{address}:{published}->{target}/{port.protocol.value}{note}"
+        return f"{address}:{self._published or '?'}->{self._target}/{port.protocol.value}{note}"
+
+    @property
+    def warren(self) -> str:
+        """As Warren prints it: "8080:80/tcp (ingress)"."""
+        port = self.first.port
+        address = f"{bracketed(port.host_ip)}:" if port.host_ip else ""
+        number = self._published or ("random" if port.random else "dynamic")
+        note = "" if self.first.granted else ", not allocated yet"
+        return f"{address}{number}:{self._target}/{port.protocol.value} ({port.mode.value}{note})"
+
+    @property
+    def _published(self) -> str:
+        return _range(self.first.published, self.last.published)
+
+    @property
+    def _target(self) -> str:
+        return _range(self.first.port.target, self.last.port.target)
+
+
+def _nature(item: Assigned) -> tuple[object, ...]:
+    """What ports of one range have in common."""
+    port = item.port
+    return port.protocol, port.mode, port.host_ip, bool(port.random), item.granted
 
 
 def _range(low: int | None, high: int | None) -> str:
     if low is None:
-        return "?"
+        return ""
     return str(low) if low == high else f"{low}-{high}"
 
 
-def notation(assigned: Iterable[Assigned]) -> str:
-    """Swarm's PORTS column: "*:80-81->8080-8081/tcp, *:53->53/udp"; host mode is said so.
-
-    "?" stands for the number of a dynamic port that is not given yet, or one on each node.
-    """
+def _runs(assigned: Iterable[Assigned]) -> list[_Run]:
     runs: list[_Run] = []
-    for item in sorted(assigned, key=_order):
+    for item in assigned:
         grown = runs[-1].grow(item) if runs else None
         if grown is not None:
             runs[-1] = grown
         else:
             runs.append(_Run(item, item, None))
-    return ", ".join(map(str, runs))
+    return runs
+
+
+def notation(assigned: Iterable[Assigned]) -> str:
+    """Swarm's PORTS column: "*:80-81->8080-8081/tcp, *:53->53/udp"; host mode is said so.
+
+    "?" stands for the number of a dynamic port that is not given yet, or another on each node.
+    """
+    return ", ".join(run.swarm for run in _runs(sorted(assigned, key=_order)))
+
+
+def warren(assigned: Iterable[Assigned]) -> list[str]:
+    """Ports as Warren prints them, "8080:80/tcp (ingress)", in their order; ranges as one."""
+    return [run.warren for run in _runs(assigned)]
 
 
 def _order(item: Assigned) -> tuple[str, str, str, int, int]:

@@ -160,8 +160,8 @@ def _report(seen: World, spec: ServiceSpec, what: str, *, waited: bool) -> None:
             output.line(f"  VIP: {', '.join(view.vips) or 'not allocated yet'}")
         if spec.ports:
             click.echo("  Published Ports:")
-        for item in ports.assign(view):
-            output.line(f"    {item.warren}")
+        for text in ports.warren(ports.assign(view)):
+            output.line(f"    {text}")
     if not waited or _has_everything(seen, spec):
         return
     for problem in seen.problems_of(spec.name):

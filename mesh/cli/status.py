@@ -91,7 +91,7 @@ def _of_service(seen: World, name: str) -> list[str]:
     if not found and seen.leader is not None:
         if view.spec.vip != "none" and not view.vips:
             found.append("has no VIP yet")
-        waiting = [item.warren for item in ports.assign(view) if not item.granted]
+        waiting = ports.warren(item for item in ports.assign(view) if not item.granted)
         if waiting:
             found.append(f"waits for {', '.join(waiting)}")
     if view.tasks and not any(seen.serves(view, task) for task in view.tasks):

@@ -35,8 +35,8 @@ _ROOT: Final = 20
 _ID_BITS: Final = 18
 
 _ANY: Final = "! -p icmp"
-"""DNAT to a port wants a protocol named that has ports, or ICMP; a pool serves all but that, which no
-frontend has."""
+"""DNAT to a port wants a protocol named that has ports, or ICMP; a pool serves all but that one,
+which no frontend has."""
 
 _POOL: Final = re.compile(r"MESH-P-([0-9a-f]{5})")
 _BUCKET: Final = re.compile(r"MESH-H-([0-9a-f]+)-([0-9a-f]+)")

@@ -70,7 +70,7 @@ def test_a_dynamic_port_shows_the_number_that_the_controller_gave() -> None:
     assigned = ports.assign(ServiceView(ServiceSpec(name="web", ports=asked), ingress=given))
 
     assert [(item.published, item.granted) for item in assigned] == [(30001, True), (8080, True)]
-    assert [item.warren for item in assigned] == ["30001:80/tcp (ingress)", "8080:80/tcp (ingress)"]
+    assert ports.warren(assigned) == ["30001:80/tcp (ingress)", "8080:80/tcp (ingress)"]
 
 
 def test_a_port_that_is_not_given_is_pending() -> None:

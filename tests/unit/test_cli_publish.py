@@ -65,6 +65,18 @@ def test_both_syntaxes_and_ranges_become_one_record_per_port(cli: CommandLine) -
     }
 
 
+def test_create_shows_ranges_as_they_were_written(cli: CommandLine) -> None:
+    shown = cli.ok(
+        *CREATE, "-p", "8000-8999:8000-8999", "-p", "53:53/udp", "-p", "target=1-3,published=random"
+    )
+
+    assert shown.splitlines()[2:] == [
+        "    8000-8999:8000-8999/tcp (host)",
+        "    53:53/udp (host)",
+        "    random:1-3/tcp (host)",
+    ]
+
+
 def test_a_random_port_and_a_host_address_are_written_down(cli: CommandLine) -> None:
     cli.ok(*CREATE, "-p", "target=80,published=random", "-p", "[2001:DB8::1]:53:53/sctp")
 

@@ -54,6 +54,7 @@ def test_what_swarm_accepts_means_the_same_here(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "wanted"),
     [
+        ("1.1.1.1:80:80", "1.1.1.1:80->80/tcp"),
         ("192.0.2.1:8080:80", "192.0.2.1:8080->80/tcp"),
         ("0.0.0.0:8080:80", "0.0.0.0:8080->80/tcp"),
         ("192.0.2.1::80/udp", "192.0.2.1:*->80/udp"),
