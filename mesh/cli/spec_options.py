@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mesh.model.cluster import Cluster
-    from mesh.model.publish import PublishedPort, PublishMode
+    from mesh.model.publish import PublishedPort
     from mesh.model.publish_syntax import Chosen
     from mesh.model.service import ServiceSpec
 
@@ -182,7 +182,6 @@ def _checked(port: PublishedPort, cluster: Cluster, force: bool) -> PublishedPor
 
 def changes(given: dict[str, Any]) -> Changes:
     """What options ask for.  Raises BadUsage."""
-    from mesh.model.publish import PublishMode
     from mesh.model.publish_syntax import parse_chosen
 
     found = _fields(given)
@@ -193,12 +192,11 @@ def changes(given: dict[str, Any]) -> Changes:
         )
     if given["publish_mode"] is not None and not (given["publish"] or added):
         raise errors.BadUsage("--publish-mode: give the ports it is for with --publish [HOST:]CTR")
-    mode = PublishMode(given["publish_mode"]) if given["publish_mode"] else options.publish_mode()
     if given["publish"]:
-        found["ports"] = _ports(given["publish"], mode, "--publish")
+        found["ports"] = _ports(given, "publish")
     with options.naming("--publish-rm"):
         chosen = tuple(map(parse_chosen, removed))
-    return Changes(found, _ports(added, mode, "--publish-add"), chosen, given["force"])
+    return Changes(found, _ports(given, "publish_add") if added else (), chosen, given["force"])
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
@@ -226,8 +224,11 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _ports(texts: tuple[str, ...], mode: PublishMode, option: str) -> tuple[PublishedPort, ...]:
+def _ports(given: dict[str, Any], name: str) -> tuple[PublishedPort, ...]:
+    """The ports that an option names, in the mode that goes for those that do not say."""
+    from mesh.model.publish import PublishMode
     from mesh.model.publish_syntax import parse
 
-    with options.naming(option):
-        return tuple(chain.from_iterable(parse(text, mode) for text in texts))
+    mode = PublishMode(given["publish_mode"]) if given["publish_mode"] else options.publish_mode()
+    with options.naming(f"--{name.replace('_', '-')}"):
+        return tuple(chain.from_iterable(parse(text, mode) for text in given[name]))
