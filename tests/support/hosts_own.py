@@ -16,7 +16,7 @@ table inet host {{
  }}
  chain look {{
   ct direction reply ct mark set ct mark | {late:#x}
-  meta l4proto {{ tcp, udp }} {which} meta mark & {mask:#x} != {packets:#x} counter name lost
+  meta l4proto {{ tcp, udp, sctp }} {which} meta mark & {mask:#x} != {packets:#x} counter name lost
  }}
  chain pre {{ type filter hook prerouting priority -160; jump first; }}
  chain out {{ type filter hook output priority -160; jump first; }}
@@ -24,7 +24,7 @@ table inet host {{
  chain own {{ type filter hook output priority 0; jump look; }}
  chain post {{
   type filter hook postrouting priority 400
-  meta l4proto {{ tcp, udp }} {which} meta mark != {packets:#x} counter name lost
+  meta l4proto {{ tcp, udp, sctp }} {which} meta mark != {packets:#x} counter name lost
  }}
 }}
 """
