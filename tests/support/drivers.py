@@ -8,7 +8,7 @@ from mesh.dataplane.iptables import IptablesDriver
 from mesh.dataplane.nftables import NftablesDriver
 
 if TYPE_CHECKING:
-    from mesh.dataplane.protocol import Driver
+    from mesh.dataplane.protocol import Driver, ElementDelta
     from mesh.rules.program import Parameters
 
 KERNEL: Final = ("nftables", "iptables-legacy", "iptables-nft")
@@ -24,3 +24,10 @@ def make(name: str, parameters: Parameters) -> Driver:
         case "iptables-nft":
             return IptablesDriver(parameters, "nft")
     raise AssertionError(name)
+
+
+async def load(driver: Driver, change: ElementDelta) -> None:
+    """Have packets meet a program with these elements, as an agent's start does."""
+    await driver.prepare()
+    await driver.apply(change)
+    await driver.attach()

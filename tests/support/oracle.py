@@ -1,0 +1,183 @@
+"""What must become of a packet, from what a cluster's records mean: docs, not rules.
+
+The third opinion beside the two rule engines; shares nothing with them but the table of slots that
+client affinity is defined by.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from mesh.model import address
+from mesh.model.address import FAMILIES, Family
+from mesh.model.publish import PublishMode
+from mesh.model.service import Affinity, Prefer, Source
+from mesh.rules import slots
+from mesh.rules.forwarding import Backend
+from mesh.rules.trace import Entry, Packet, Verdict
+from tests.support import drawn
+from tests.support.drawn import CLUSTER, HERE, Port, Service, World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What becomes of a packet.
+
+    `shares` are the backends and how many of all draws each gets; `sticky`: the client has one of
+    them for good.  `kept`: a backend elsewhere sees the address of a client from outside.
+    """
+
+    verdict: Verdict
+    shares: Mapping[str, Fraction]
+    sticky: bool = False
+    kept: bool = True
+
+
+PASSED = Expected(Verdict.PASSED, {})
+REFUSED = Expected(Verdict.REFUSED, {})
+DROPPED = Expected(Verdict.DROPPED, {})
+
+
+def expected(packet: Packet, world: World) -> Expected:
+    family = address.family_of(packet.destination)
+    ours, vips = CLUSTER.prefixes(family), CLUSTER.vips(family)
+    if packet.entry is Entry.OUTSIDE and _in(packet.destination, ours):
+        return DROPPED
+    if packet.entry is Entry.STEERING:
+        subnet = CLUSTER.network(HERE).subnet(family)
+        known = _in(packet.destination, (subnet, *CLUSTER.network(HERE).overlay))
+        return DROPPED if _in(packet.source, ours) or not known else PASSED
+    if _in(packet.destination, (vips,)):
+        return _at_vip(packet, world)
+    found = _published(packet, world)
+    return found if found is not None else PASSED
+
+
+def _in(host: str, prefixes: Iterable[str]) -> bool:
+    return any(address.contains(prefix, host) for prefix in prefixes)
+
+
+def _at_vip(packet: Packet, world: World) -> Expected:
+    for service in world.services:
+        if packet.destination in service.vips():
+            if not service.ports:
+                return DROPPED  # nothing was ever published: as if it were nobody's
+            if (packet.port, packet.protocol) in {(p.target, p.protocol) for p in service.ports}:
+                spread = service.prefer is Prefer.LOCAL
+                tasks = _eligible(service, world)
+                return _pool(packet, service, _near(service, tasks) if spread else tasks)
+            return REFUSED
+    return DROPPED
+
+
+def _published(packet: Packet, world: World) -> Expected | None:
+    """What answers on an address of a node: bound to it, on every node, on this node."""
+    network = CLUSTER.network(HERE)
+    here = {*drawn.underlay(HERE), *network.overlay, *(network.gateway(f) for f in FAMILIES)}
+    others = {a for n in (2, 3) for a in (*drawn.underlay(n), *CLUSTER.network(n).overlay)}
+    for service in world.services:
+        for index, port in enumerate(service.ports):
+            if (service.given(index), port.protocol) != (packet.port, packet.protocol):
+                continue
+            ingress = port.mode is PublishMode.INGRESS
+            if packet.destination in here:
+                return _ingress(packet, service, world) if ingress else _host(packet, service, port)
+            inside = packet.entry in (Entry.CONTAINER, Entry.NODE)
+            everywhere = ingress and service.prefer is not Prefer.LOCAL_ONLY
+            if packet.destination in others and inside and everywhere:
+                return _ingress(packet, service, world)
+    return None
+
+
+def _ingress(packet: Packet, service: Service, world: World) -> Expected:
+    tasks = _eligible(service, world)
+    if service.prefer is Prefer.LOCAL_ONLY:
+        tasks = [index for index in tasks if service.replicas[index].node == HERE]
+    elif service.prefer is Prefer.LOCAL:
+        tasks = _near(service, tasks)
+    return _pool(packet, service, tasks)
+
+
+def _host(packet: Packet, service: Service, port: Port) -> Expected | None:
+    """The replica of this node that holds the port: the eldest, of those that run if any does."""
+    if port.host_ip not in (None, packet.destination):
+        return None
+    local = [index for index, one in enumerate(service.replicas) if one.node == HERE]
+    local.sort(key=lambda index: service.replicas[index].draining)
+    if not local:
+        return None
+    one, found = service.replicas[local[0]], service.addresses(local[0])
+    if not _is_allowed(packet, service):
+        return DROPPED
+    family = address.family_of(packet.destination)
+    host = [each for each in found if address.family_of(each) is family]
+    if not host or not _accepts(service, local[0]):
+        return REFUSED
+    assert one.node == HERE
+    return Expected(Verdict.FORWARDED, {_shown(host[0], port.target): Fraction(1)})
+
+
+def _accepts(service: Service, index: int) -> bool:
+    one = service.replicas[index]
+    return not (one.draining or one.unhealthy) and one.weight > 0
+
+
+def _eligible(service: Service, world: World) -> list[int]:
+    return [
+        index
+        for index, one in enumerate(service.replicas)
+        if _accepts(service, index) and one.node not in world.dead
+    ]
+
+
+def _near(service: Service, tasks: list[int]) -> list[int]:
+    """Those of this node, or all if there are none."""
+    return [index for index in tasks if service.replicas[index].node == HERE] or tasks
+
+
+def _is_allowed(packet: Packet, service: Service) -> bool:
+    return not service.allow or _in(packet.source, service.allow)
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _pool(packet: Packet, service: Service, tasks: list[int]) -> Expected:
+    if not _is_allowed(packet, service):
+        return DROPPED
+    target, family = _target(packet, service), address.family_of(packet.destination)
+    weights = {
+        host: service.replicas[index].weight
+        for index in tasks
+        for host in service.addresses(index)
+        if address.family_of(host) is family
+    }
+    if not weights:
+        return REFUSED
+    sticky = service.affinity is Affinity.CLIENT_IP
+    drawn_as = Counter(weights)
+    if sticky:
+        filled = slots.hashed([Backend(host, target, n) for host, n in weights.items()])
+        drawn_as = Counter(backend.address for backend in filled)
+    total = drawn_as.total()
+    shares = {_shown(host, target): Fraction(n, total) for host, n in drawn_as.items()}
+    return Expected(Verdict.FORWARDED, shares, sticky, service.source is Source.PRESERVE)
+
+
+def _target(packet: Packet, service: Service) -> int:
+    """The port of the replica: the VIP has the same, a published one leads there."""
+    family: Family = address.family_of(packet.destination)
+    if _in(packet.destination, (CLUSTER.vips(family),)):
+        return packet.port
+    return next(
+        port.target
+        for index, port in enumerate(service.ports)
+        if (service.given(index), port.protocol) == (packet.port, packet.protocol)
+    )
