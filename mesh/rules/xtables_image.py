@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     ElementDelta = Delta[ElementKey, bytes]
 
 _PEERS: Final = frozenset(xtables_peers.CHAINS)
+_HAIRPINS: Final = ("hairpin4", "hairpin6")
 _LISTED: Final = ("limited", "allow4", "allow6")
 
 
@@ -162,7 +163,7 @@ class Image:
             self._write(early),
             _last_entries(delta, destroyed, layout),
             self._write(Delta(late, {})),
-            [Step(None, _joined(f"flush {name}" for name in destroyed), "")],
+            _leftovers(delta, destroyed, layout),
         ]
         return Plan([stage for stage in stages if any(step.text for step in stage)], destroyed)
 
@@ -269,7 +270,7 @@ def _first_entries(delta: ElementDelta, created: list[str], layout: Layout) -> S
 
 
 def _last_entries(delta: ElementDelta, destroyed: list[str], layout: Layout) -> Stage:
-    """Frontends, once their pools are there; and what goes."""
+    """Frontends, once their pools are there; and what goes, but for `_leftovers`."""
     text = [
         line
         for key, data in delta.add.items()
@@ -283,13 +284,25 @@ def _last_entries(delta: ElementDelta, destroyed: list[str], layout: Layout) -> 
         for line in ipsets.removals(key, layout)
     ]
     for key, data in delta.remove.items():
-        if not ipsets.holds(key) or (
-            key[0].startswith("allow") and ipsets.allow_of(key, layout) in destroyed
-        ):
+        if not ipsets.holds(key) or key[0] in _HAIRPINS:
+            continue
+        if key[0].startswith("allow") and ipsets.allow_of(key, layout) in destroyed:
             continue
         undo += ipsets.additions(key, data, layout)
         if key not in delta.add:
             text += ipsets.removals(key, layout)
+    return [Step(None, _joined(text), _joined(undo))]
+
+
+def _leftovers(delta: ElementDelta, destroyed: list[str], layout: Layout) -> Stage:
+    """What flows of pools that are gone were looked up in.
+
+    A replica that may still be drawn for its own request would never get an answer without.
+    """
+    gone = [key for key in delta.remove.keys() - delta.add.keys() if key[0] in _HAIRPINS]
+    text = [line for key in gone for line in ipsets.removals(key, layout)]
+    undo = [line for key in gone for line in ipsets.additions(key, b"", layout)]
+    text += [f"flush {name}" for name in destroyed]
     return [Step(None, _joined(text), _joined(undo))]
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from hypothesis import strategies as st
 
-from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol, PublishMode
@@ -52,10 +51,6 @@ def underlay(node: int) -> tuple[str, str]:
 
 def container(node: int, host: int) -> tuple[str, str]:
     return f"10.0.{node}.{host}", f"{PREFIX6}:{node}::{host:x}"
-
-
-def within(prefix: str, host: str) -> bool:
-    return address.contains(prefix, host)
 
 
 @dataclass(frozen=True)
@@ -195,7 +190,7 @@ def _ports(draw: st.DrawFn, service: int) -> tuple[Port, ...]:
     found = []
     for index in range(draw(st.integers(0, 4))):
         mode = draw(st.sampled_from(PublishMode))
-        known = draw(st.integers(0, 3))
+        named = mode is PublishMode.HOST or draw(st.integers(0, 3)) > 0
         host_ip = None
         if mode is PublishMode.HOST:
             host_ip = draw(st.sampled_from((None, None, *underlay(HERE))))
@@ -204,7 +199,7 @@ def _ports(draw: st.DrawFn, service: int) -> tuple[Port, ...]:
                 draw(st.sampled_from(_TARGETS)),
                 draw(st.sampled_from(Protocol)),
                 mode,
-                30000 + 100 * service + index if known else None,
+                30000 + 100 * service + index if named else None,
                 host_ip,
             )
         )

@@ -224,7 +224,7 @@ def test_a_replica_may_reach_itself_before_it_is_in_a_pool() -> None:
     web = lowered(service(1, {"10.0.1.2": 1})) | nft.lower_hairpins(["10.0.1.2"])
 
     hairpin, pool, _ = steps({}, web)
-    *_, hairpin_gone, pool_gone = steps(web, {})
+    *_, pool_gone, hairpin_gone = steps(web, {})
 
     assert "add mesh-hairpin4" in hairpin
     assert ":MESH-P-00001" in pool
