@@ -250,9 +250,7 @@ def fates(packet: Packet, world: World | None, node: Node) -> set[Fate]:
     Where clients have a backend of their own, any of the service's, if the world is given: for one
     moment they are not told apart while the last backends leave.
     """
-    found = {
-        (end.verdict, end.target, end.path is Path.HAIRPIN) for end in node.ends(packet)
-    }
+    found = {(end.verdict, end.target, end.path is Path.HAIRPIN) for end in node.ends(packet)}
     wanted = oracle.expected(packet, world) if world is not None else None
     if wanted is not None and wanted.sticky:
         itself = {target: target.rpartition(":")[0].strip("[]") for target in wanted.shares}
