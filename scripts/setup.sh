@@ -1,5 +1,6 @@
 # Sourced by scripts/demo and scripts/test: installs what is missing, once.
 # Debian packages through apt (as root or with sudo), Python packages into .venv of the checkout.
+# Firewalls to test beside are unpacked there, too: an installed one would start on this machine.
 
 packages=(
   etcd:etcd-server nft:nftables iptables:iptables wg:wireguard-tools wireguard-go:wireguard-go
@@ -62,4 +63,35 @@ install_python() { # $1: what of the project to install, e.g. ".[dev]"
   .venv/bin/python -m pip install -q --disable-pip-version-check -e "$1" ||
     fail "pip could not install $1"
   printf '%s\n' "$wanted" >>"$stamp"
+}
+
+unpack_firewalls() { # ufw and firewalld with what they need that is not installed
+  local scratch target=.venv/firewalls
+  [ -e "$target/complete" ] && return
+  if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
+    say "no apt-get here: tests beside ufw and firewalld are skipped"
+    return
+  fi
+  say "unpacking ufw and firewalld into $target"
+  scratch=$(mktemp -d)
+  if download_packages "$scratch" ufw firewalld python3-firewall; then
+    rm -rf "$target"
+    mkdir -p "$target/usr/lib"
+    local package
+    for package in "$scratch"/archives/*.deb; do dpkg-deb -x "$package" "$target"; done
+    [ ! -d "$target/lib" ] || { cp -a "$target/lib/." "$target/usr/lib/" && rm -rf "$target/lib"; }
+    touch "$target/complete"
+  else
+    say "apt-get could not download them, their tests are skipped: $(tail -n 1 "$scratch/log")"
+  fi
+  rm -rf "$scratch"
+}
+
+download_packages() { # $1: a directory; the rest: packages.  Needs no rights, installs nothing
+  local scratch=$1
+  shift
+  mkdir -p "$scratch/archives/partial"
+  apt-get -q -y --no-install-recommends --download-only --reinstall -o Debug::NoLocking=1 \
+    -o Dir::Cache="$scratch" -o Dir::Cache::archives="$scratch/archives" \
+    install "$@" >"$scratch/log" 2>&1
 }

@@ -19,6 +19,7 @@ from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
 from mesh.agent.state import KINDS, State, Touched
 from mesh.controller import lead
+from mesh.dataplane.firewall import Mode
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.errors import HostNotReady, StoreUnavailable
 from mesh.model.cluster import Cluster, NodeNetwork
@@ -93,7 +94,8 @@ class Agent:
                 node = await self._numbered()
                 self._held = node.network
                 parameters = self._parameters(cluster, node.network)
-                await remark.settle(self._config.backend, parameters, self._network.start)
+                mode, start = Mode(self._config.firewall), self._network.start
+                await remark.settle(self._config.backend, parameters, start, mode)
                 tasks.create_task(self._keep_network(), name="network")
                 await self._keep_rules(parameters, node.name, lease, tasks)
         finally:
@@ -230,7 +232,9 @@ class Agent:
         self, parameters: Parameters, own: str, lease: LeaseHolder, tasks: asyncio.TaskGroup
     ) -> None:
         chosen = await backend.choose(self._config.backend, parameters)
-        rules = Rules(self._state, chosen, parameters.layout, self._changed.set)
+        log.info("backend=%s reason=%r", chosen.driver.name, chosen.reason)
+        mode = Mode(self._config.firewall)
+        rules = Rules(self._state, chosen, parameters.layout, mode, self._changed.set)
         try:
             self._pending = _NOTHING
             revision = self._state.revision
@@ -240,14 +244,14 @@ class Agent:
             gc.collect()
             gc.freeze()  # what was loaded stays; no collection walks it again
             gc.enable()
-            reporter = Reporter(self._store, self._keys.applied(own), chosen)
+            reporter = Reporter(self._store, self._keys.applied(own), chosen, rules)
             reporter.applied(revision)
             await lease.put(self._keys.alive(own), b"{}")
             tasks.create_task(lease.run(), name="lease")
             reports = reporter.run(lambda: self._problems(rules), self._follower.orders_in)
             tasks.create_task(reports, name="reporter")
             self._published.look_after(tasks)
-            rules.look_after(tasks)
+            rules.look_after(parameters, tasks)
             log.info("forwarding node=%s number=%d", own, parameters.network.number)
             held = False
             while True:

@@ -11,10 +11,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend, etcd, lock, remark
+from mesh.agent import backend, etcd, lock, predecessor, remark
 from mesh.agent.network import Network
 from mesh.agent.state import State
-from mesh.dataplane import host
+from mesh.dataplane import host, sysctl, xttidy
 from mesh.dataplane.firewall import Firewall
 from mesh.errors import StoreUnavailable
 from mesh.rules.program import Devices
@@ -28,10 +28,15 @@ log = logging.getLogger(__name__)
 _ANY_MAC: Final = "02:00:00:00:00:00"
 
 
-def run(config: AgentConfig) -> int:
-    """Remove everything.  Raises MeshError naming what could not be removed."""
+def run(config: AgentConfig, *, downgrade: bool = False) -> int:
+    """Remove everything.  Raises MeshError naming what could not be removed.
+
+    A later version may have left what this one does not know; to `downgrade` that stays.
+    """
     host.check_rights()
     with lock.held(Path(config.state_dir)):  # an agent would put everything back
+        if not downgrade:
+            asyncio.run(predecessor.check())
         asyncio.run(_remove(config))
     return 0
 
@@ -43,13 +48,16 @@ async def _remove(config: AgentConfig) -> None:
         devices = Devices(*network.names, _ANY_MAC)
         layout = await backend.layout(backend.anybody(devices))
         await backend.remove_all(devices)
-        with closing(Firewall(config.marks.layout, ignored=0)) as firewall:
+        with closing(Firewall(ignored=0)) as firewall:
             await firewall.remove()
+        xttidy.remove_empty()
         await network.remove()
         await remark.give_back(layout)
     finally:
         await network.close()
     log.info("removed rules, links and routes")
+    kept = " ".join(f"{key.replace('/', '.')}={value}" for key, value in sysctl.SHARED.items())
+    log.info("kernel settings stay, others may count on them: %s", kept)
     await _sign_off(config, keys)
 
 

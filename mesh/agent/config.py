@@ -21,6 +21,10 @@ from mesh.rules.marks import DEFAULT, Layout
 BACKENDS: Final = ("auto", "nftables", "iptables", "iptables-legacy", "iptables-nft")
 """What may drive the rules; `iptables` is the flavour that the host uses."""
 
+FIREWALLS: Final = ("report", "forward", "open")
+"""What may be done about a firewall of the host that drops the mesh's flows: nothing; one line in
+FORWARD of iptables; lines wherever they are needed."""
+
 DEFAULT_PATH: Final = Path("/etc/mesh/agent.toml")
 
 
@@ -80,6 +84,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     endpoints: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     backend: str = "auto"
+    firewall: str = "forward"
     overlay_device: str = "warren0"
     steering_device: str = "warren-x0"
     bridge: str = "warren-br0"
@@ -92,6 +97,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 split_endpoint(endpoint)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
+        if self.firewall not in FIREWALLS:
+            raise ValueError(f"firewall {self.firewall!r} is not one of {', '.join(FIREWALLS)}")
         for name in ("overlay_device", "steering_device", "bridge"):
             device = getattr(self, name)
             if not 0 < len(device) < 16 or "/" in device or device != device.strip():

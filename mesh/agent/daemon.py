@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mesh.agent import etcd, lock
+from mesh.agent import etcd, lock, predecessor
 from mesh.agent.agent import Agent
 from mesh.errors import MeshError
 
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(config: AgentConfig) -> int:
-    """Run the agent until SIGTERM or SIGINT.  Raises MeshError if it cannot run."""
+def run(config: AgentConfig, *, downgrade: bool = False) -> int:
+    """Run the agent until SIGTERM or SIGINT.  Raises MeshError if it cannot run.
+
+    Rules of a later version are taken over only to `downgrade`.
+    """
     with lock.held(Path(config.state_dir)):
+        if not downgrade:
+            asyncio.run(predecessor.check())
         _run(_serve(config))
     return 0
 

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mesh.agent import planner
+from mesh.agent.healing import Repair
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
@@ -51,6 +52,7 @@ class Reconciler:
         self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
         self._staged = False
+        self._repaired = Repair()
         self._writing = asyncio.Lock()
 
     async def start(self, before: Elements) -> None:
@@ -103,8 +105,8 @@ class Reconciler:
             await self._write(Delta(changed, missing))
         return len(missing)
 
-    async def heal(self) -> int:
-        """Bring the kernel back from what somebody else did; how many elements differed.
+    async def heal(self) -> None:
+        """Bring the kernel back from what somebody else did.
 
         Also where `start` ended half-way: what it did not come to is not yet known to be wanted.
         """
@@ -112,7 +114,7 @@ class Reconciler:
             if not self._staged:
                 self._stage(sorted(self._state.services()), nodes=True)
                 self._staged = True
-            return await self._resync()
+            await self._resync(Delta())
 
     async def repair(self, keys: Collection[ElementKey]) -> int:
         """The same, where somebody is known to have touched these elements and nothing else."""
@@ -132,13 +134,17 @@ class Reconciler:
             owner = pool.partition("/")[0] if pool is not None else None
         return self._ledger.wanted(key, owner)
 
-    async def reconcile(self, touched: Touched) -> int:
-        """Plan the touched services again and write what differs; how many elements that was."""
+    def repaired(self) -> Repair:
+        """What was put right since last asked, by `heal` or by a change that met damage."""
+        found, self._repaired = self._repaired, Repair()
+        return found
+
+    async def reconcile(self, touched: Touched) -> None:
+        """Plan the touched services again and write what differs."""
         async with self._writing:
             delta = self._stage(touched.services, nodes=touched.nodes)
             if delta:
                 await self._apply(delta)
-            return len(delta)
 
     def held(self, number: int) -> Elements:
         """The elements that have a frontend id; for mesh.rules.stale.
@@ -194,7 +200,7 @@ class Reconciler:
             await self._write(delta)
         except ApplyFailed as error:
             log.warning("apply failed, reading the kernel back: %s", error)
-            await self._resync()
+            await self._resync(delta)
         else:
             self._failed.clear()
 
@@ -202,12 +208,12 @@ class Reconciler:
         await self._driver.apply(delta)
         self._written(delta)
 
-    async def _resync(self) -> int:
+    async def _resync(self, own: ElementDelta) -> None:
         """Mend the program, bring the kernel in line from what it really holds; single out who
-        cannot be served.
+        cannot be served.  What differs beyond `own` was somebody else.
         """
         self._failed.clear()
-        await self._driver.prepare()
+        program = await self._driver.prepare()
         desired = self._ledger.elements()
         delta = Delta.between(await self._driver.read(), desired)
         try:
@@ -217,7 +223,10 @@ class Reconciler:
             await self._apply_each()
         await self._driver.attach()
         self._written(delta)
-        return len(delta)
+        damaged = (delta.remove.keys() | delta.add.keys()) - own.add.keys() - own.remove.keys()
+        for owner in self._failed:
+            damaged -= self._ledger.held_by(owner).keys()
+        self._repaired |= Repair(elements=len(damaged), program=program)
 
     async def _apply_each(self) -> None:
         """One owner at a time, so that a record the kernel refuses disturbs nobody else."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from mesh.agent import backend
 from mesh.dataplane.conntrack import Conntrack
-from mesh.dataplane.firewall import Firewall
+from mesh.dataplane.firewall import Firewall, Mode
 from mesh.dataplane.hold import Held, Hold
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, MeshError
+from mesh.rules.needs import Wanted
 from mesh.rules.remark import Remark
 
 if TYPE_CHECKING:
@@ -32,21 +33,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-async def settle(wanted: str, parameters: Parameters, start: Callable[[], Awaitable[None]]) -> None:
+async def settle(
+    wanted: str,
+    parameters: Parameters,
+    start: Callable[[], Awaitable[None]],
+    mode: Mode = Mode.FORWARD,
+) -> None:
     """Bring rules and flows of another layout, if the host has any, to that of `parameters`, and
-    then the network, by `start`.  `wanted` is the backend that is configured.  Raises MeshError.
+    then the network, by `start`.  `wanted` is the backend that is configured, `mode` says what may
+    be done about firewalls.  Raises MeshError.
     """
     with closing(Hold()) as hold:
         doubtful = await hold.doubtful()
         old = await backend.layout(parameters) or parameters.layout
         if doubtful or old != parameters.layout:
             log.warning("marks change from=%r to=%r", str(old), str(parameters.layout))
-            await _change(wanted, replace(parameters, layout=old), parameters.layout, hold)
+            before = replace(parameters, layout=old)
+            await _change(wanted, before, parameters.layout, hold, mode)
         await start()
         hold.end()
 
 
-async def _change(wanted: str, before: Parameters, layout: Layout, hold: Hold) -> None:
+async def _change(wanted: str, before: Parameters, layout: Layout, hold: Hold, mode: Mode) -> None:
     """Rules and flows, of which nothing moves meanwhile."""
     doubtful = await hold.doubtful()
     elements = await backend.read_present(before)
@@ -65,7 +73,7 @@ async def _change(wanted: str, before: Parameters, layout: Layout, hold: Hold) -
         await _rewrite(remark, doubtful)
         await hold.settle(held)
         await _take_along(driver, remark.elements(elements))
-        await _accept(driver, layout)
+        await _accept(driver, replace(before, layout=layout), mode)
         await backend.retire_others(driver, before)
     finally:
         driver.close()
@@ -89,11 +97,12 @@ async def _take_along(driver: Driver, elements: Elements) -> None:
     await driver.attach()
 
 
-async def _accept(driver: Driver, layout: Layout) -> None:
+async def _accept(driver: Driver, parameters: Parameters, mode: Mode) -> None:
     """Let a firewall that drops what others forward know the flows by their new mark."""
     flavour = driver.name.removeprefix("iptables-")
-    with closing(Firewall(layout, ignored=driver.port, own=flavour)) as firewall:
-        for problem in await firewall.sync():
+    with closing(Firewall(ignored=driver.port, own=flavour, mode=mode)) as firewall:
+        await firewall.sync(Wanted.of(parameters, 0, frozenset()))
+        for problem in firewall.failed:
             log.warning("%s: %s", problem.about, problem.message)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from mesh.agent.backend import Chosen
+    from mesh.agent.rules import Rules
     from mesh.store.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,11 @@ _MOST: Final = 50
 class Reporter:
     """Writes the last report that differs from the one before."""
 
-    def __init__(self, store: Store, key: str, chosen: Chosen) -> None:
+    def __init__(self, store: Store, key: str, chosen: Chosen, rules: Rules) -> None:
         self._store = store
         self._key = key
         self._chosen = chosen
+        self._rules = rules
         self._wake = asyncio.Event()
         self._revision = 0
 
@@ -80,4 +82,5 @@ class Reporter:
             reason=self._chosen.reason,
             version=__version__,
             problems=tuple(told),
+            healings=self._rules.healings,
         )

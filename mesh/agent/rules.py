@@ -1,30 +1,35 @@
 """This node's rules as a whole: the backend, the reconciler, and what looks after them.
 
-Owns the loops that heal, pass foreign firewalls and forget stale flows.  Decides nothing about
-services.
+Owns the loops that heal, and that pass foreign firewalls and forget stale flows.  Decides nothing
+about services.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mesh.agent import backend
 from mesh.agent.flows import Flows
+from mesh.agent.healing import SOMEBODY, WINDOW, History
+from mesh.agent.neighbours import Neighbours
 from mesh.agent.reconciler import Reconciler
 from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
+from mesh.model.report import Healings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from mesh.agent.backend import Chosen
+    from mesh.agent.healing import Repair
     from mesh.agent.state import State, Touched
+    from mesh.dataplane.firewall import Mode
     from mesh.model.report import Problem
-    from mesh.rules.elements import Elements
     from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
 
@@ -32,25 +37,32 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 0.2
 
-_FIREWALL_SECONDS: Final = 1.0
-"""How often the host's firewall is looked at: 20 microseconds, unless iptables-legacy is in use."""
-
 SETTLE_SECONDS: Final = 0.05
 """Notifications come in bursts; one pass answers a whole burst."""
+
+_STRUGGLE_SECONDS: Final = 0.5
+"""The same at most, when somebody keeps breaking what was just healed."""
+
+_TELL_SECONDS: Final = 10.0
+"""Between two reports of healings at least: each is a write to etcd."""
 
 
 class Rules:
     """What this node forwards.  `told` is called when `problems` may have changed."""
 
     def __init__(
-        self, state: State, chosen: Chosen, layout: Layout, told: Callable[[], None]
+        self, state: State, chosen: Chosen, layout: Layout, mode: Mode, told: Callable[[], None]
     ) -> None:
         self._driver = chosen.driver
         self._flows = Flows(Conntrack(layout), layout)
         flavour = chosen.driver.name.removeprefix("iptables-")
-        self._firewall = Firewall(layout, ignored=chosen.driver.port, own=flavour)
-        self._refused: tuple[Problem, ...] = ()
+        self._firewall = Firewall(chosen.driver.port, flavour, mode)
+        self._neighbours = Neighbours(state, self._firewall, told, self._healed)
         self._reconciler = Reconciler(state, self._driver, self._flows.written, layout)
+        self._history = History()
+        self._news = asyncio.Event()
+        self._struggle: tuple[Problem, ...] = ()
+        self.healings = Healings()
         self._told = told
 
     async def start(self, parameters: Parameters) -> None:
@@ -59,51 +71,74 @@ class Rules:
         A firewall that drops what only the other backend's chains accept hears of it before.
         """
         before = await backend.read_others(self._driver, parameters)
-        await self._until_done(partial(self._start, before))
-        self._refused = await self._firewall.sync()
+        await self._until_done(partial(self._reconciler.start, before))
+        self._reconciler.repaired()  # nobody else's fault
+        await self._neighbours.settle(parameters)
         await backend.retire_others(self._driver, parameters)
-
-    async def _start(self, before: Elements) -> int:
-        await self._reconciler.start(before)
-        return 0
 
     async def reconcile(self, touched: Touched) -> None:
         """Plan the touched services again and write what differs, whatever it takes."""
         await self._until_done(partial(self._reconciler.reconcile, touched))
 
-    def look_after(self, tasks: asyncio.TaskGroup) -> None:
+    def look_after(self, parameters: Parameters, tasks: asyncio.TaskGroup) -> None:
         """Start everything that goes on besides."""
         tasks.create_task(self._keep_healed(), name="healer")
-        tasks.create_task(self._keep_accepted(), name="firewall")
+        tasks.create_task(self._keep_told(), name="healings")
+        tasks.create_task(self._neighbours.run(parameters), name="firewall")
         tasks.create_task(
             self._flows.run(self._reconciler.held, self._reconciler.held_udp), name="flows"
         )
 
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, is in the way, or could not be forgotten."""
-        yield from self._refused
+        yield from self._struggle
+        yield from self._neighbours.problems
         yield from self._driver.problems()
         yield from self._reconciler.problems()
         yield from self._flows.problems
 
     async def _keep_healed(self) -> None:
         """Put back what somebody else removes from our tables, or adds to them."""
+        clock, pause, last = asyncio.get_running_loop().time, SETTLE_SECONDS, 0.0
         while True:
-            what = await self._driver.tampered()
-            await asyncio.sleep(SETTLE_SECONDS)
-            differed = await self._until_done(self._reconciler.heal)
-            if differed:
-                log.warning("healed elements=%d after=%r", differed, what)
+            found = await self._driver.tampered(pause)
+            pause = min(2 * pause, _STRUGGLE_SECONDS) if clock() < last + 1 else SETTLE_SECONDS
+            await self._until_done(self._reconciler.heal)
+            repair = self._reconciler.repaired()
+            if repair:
+                last = clock()
+                self._healed(repair, found.what, found.by)
 
-    async def _keep_accepted(self) -> None:
-        """Keep our flows accepted by the host's own firewall, also after it is reloaded."""
+    def _healed(self, repair: Repair, what: str, by: str) -> None:
+        """Count a healing, and say so."""
+        if self._history.add(time.time(), repair, what, by):
+            log.warning(
+                'healed elements=%d program=%s lines=%d by=%s what="%s" times=%d',
+                repair.elements,
+                "reloaded" if repair.program else "kept",
+                repair.lines,
+                by or SOMEBODY,
+                what,
+                self._history.report().total,
+            )
+        self._news.set()
+
+    async def _keep_told(self) -> None:
+        """Let others know of healings: of the first at once, of a struggle now and then."""
         while True:
-            before, self._refused = self._refused, await self._firewall.sync()
-            if self._refused != before:
-                self._told()
-            await asyncio.sleep(_FIREWALL_SECONDS)
+            try:
+                async with asyncio.timeout(WINDOW if self._struggle else None):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+            problem = self._history.problem(time.time())
+            self._struggle = (problem,) if problem is not None else ()
+            self.healings = self._history.report()
+            self._told()
+            await asyncio.sleep(_TELL_SECONDS)
 
-    async def _until_done(self, step: Callable[[], Awaitable[int]]) -> int:
+    async def _until_done(self, step: Callable[[], Awaitable[None]]) -> None:
         """Do a step; as long as the rules cannot be written, try to heal them instead.
 
         Somebody may delete the table in the middle of it.

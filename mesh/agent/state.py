@@ -286,7 +286,8 @@ class State:
     @property
     def is_announced(self) -> bool:
         """Whether etcd holds this node's own sign of life."""
-        return self.node in self._alive
+        key = self.keys.alive(self.node)
+        return key in self._entries and key not in self.doubted
 
     def services(self) -> frozenset[str]:
         """Every service that has a readable spec."""

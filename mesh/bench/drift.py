@@ -63,21 +63,17 @@ def _addition(amount: int) -> ElementDelta:
 
 
 async def _repaired(backend: str, reconciler: Reconciler, change: ElementDelta) -> float:
-    """Seconds from somebody's change to the repair.
-
-    With a watcher of its own, because iptables' tells of small changes once in ten seconds only:
-    this is what the first one costs.
-    """
+    """Seconds from somebody's change to the repair."""
     somebody, watcher = backends.driver(backend), backends.driver(backend)
     try:
         await somebody.prepare()
-        noticed = asyncio.create_task(watcher.tampered())
+        noticed = asyncio.create_task(watcher.tampered(SETTLE_SECONDS))
         await asyncio.sleep(0)  # it looks for the first time
         await somebody.apply(change)
         began = time.perf_counter()
         await asyncio.wait_for(noticed, _NOTICE_SECONDS)
-        await asyncio.sleep(SETTLE_SECONDS)
-        if not await reconciler.heal():
+        await reconciler.heal()
+        if not reconciler.repaired():
             raise MeshError(f"{backend}: nothing differed after somebody's change")
         return time.perf_counter() - began
     finally:

@@ -14,6 +14,9 @@ from mesh.cli import options, output
 @click.command(cls=options.Verb)
 @click.option("--cleanup", is_flag=True, help="Remove everything an agent set up here, and end.")
 @click.option(
+    "--downgrade", is_flag=True, help="Take over, or remove, what a later version's agent left."
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
@@ -22,7 +25,7 @@ from mesh.cli import options, output
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
-def agent(cleanup: bool, log_level: str, log_format: str) -> None:
+def agent(cleanup: bool, downgrade: bool, log_level: str, log_format: str) -> None:
     """Run this node's agent until SIGTERM; --config says which node it is.
 
     Forwarding goes on when it ends: only --cleanup takes the mesh off this host.
@@ -35,10 +38,10 @@ def agent(cleanup: bool, log_level: str, log_format: str) -> None:
     if cleanup:
         from mesh.agent import cleanup as cleaner
 
-        options.exit_with(cleaner.run(config))
+        options.exit_with(cleaner.run(config, downgrade=downgrade))
     from mesh.agent import daemon
 
-    options.exit_with(daemon.run(config))
+    options.exit_with(daemon.run(config, downgrade=downgrade))
 
 
 class _JsonLines(logging.Formatter):

@@ -147,6 +147,8 @@ def _print(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> None:
         f"{facts['eligibleTasks']} of {facts['tasks']} tasks take connections"
     )
     if facts["nodes"]:
+        _print_backends(seen)
+        _print_healings(seen)
         click.echo()
         output.table(node.COLUMNS, [node.row(seen, known["name"]) for known in facts["nodes"]])
     else:
@@ -156,3 +158,33 @@ def _print(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> None:
         output.done("no known problem")
     for problem in problems:
         output.line(f"! {problem.about}: {problem.message}", "red")
+
+
+def _print_backends(seen: World) -> None:
+    """Which backends drive the nodes, and why these."""
+    from mesh.cli import world
+
+    by_reason: dict[str, list[str]] = {}
+    for name in sorted(seen.applied.keys() & seen.nodes.keys(), key=world.natural):
+        applied = seen.applied[name]
+        why = f": {applied.reason}" if applied.reason else ""
+        by_reason.setdefault(f"{applied.backend}{why}", []).append(name)
+    title = "backend "
+    for told, names in by_reason.items():
+        output.line(f"{title}  {told} ({', '.join(names)})")
+        title = " " * len(title)
+
+
+def _print_healings(seen: World) -> None:
+    """Which nodes had to put right what others changed."""
+    from mesh.cli import world
+
+    title = "healed  "
+    for name in sorted(seen.applied.keys() & seen.nodes.keys(), key=world.natural):
+        healings = seen.applied[name].healings
+        if healings.total:
+            times = "once" if healings.total == 1 else f"{healings.total} times"
+            last = healings.last
+            when = f", last {last.at}: {last.what}, by {last.by}" if last is not None else ""
+            output.line(f"{title}  {name} {times}{when}", "yellow")
+            title = " " * len(title)

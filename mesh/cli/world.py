@@ -61,6 +61,9 @@ class World:
             return output.Styled("down", "red")
         if node in self.draining:
             return output.Styled("draining", "yellow")
+        applied = self.applied.get(node)
+        if applied is not None and applied.is_degraded:
+            return output.Styled("degraded", "yellow")
         return output.Styled("alive", "green")
 
     def is_behind(self, node: str) -> bool:

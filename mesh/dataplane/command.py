@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from mesh.errors import CommandFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _PACKAGES: Final = {
     "bridge": "iproute2",
@@ -32,27 +32,42 @@ _CONTEXT: Final = 2
 _LINE: Final = re.compile(r"(?:/dev/stdin:|line )(\d+)")
 
 
-async def run(*argv: str, input: str | None = None, timeout: float = 30.0) -> str:
+async def run(
+    *argv: str,
+    input: str | None = None,
+    timeout: float = 30.0,
+    started: Callable[[int], None] = lambda _: None,
+) -> str:
     """Run `argv` and return its standard output.  Raises CommandFailed.
 
     `input` is standard input, as a file in memory: `wg` opens /dev/stdin by name, which a pipe
-    cannot always serve.  `timeout` is in seconds.  The failing line of `input`, where the program
-    names one, is attached to the error as a note.
+    cannot always serve.  `timeout` is in seconds.  `started` is told the process id, in another
+    thread.  The failing line of `input`, where the program names one, is attached to the error as
+    a note.
     """
     with _stdin(input) as stdin:
-        done = await asyncio.to_thread(_run, argv, stdin, timeout)
+        done = await asyncio.to_thread(_run, argv, stdin, timeout, started)
     output, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
     if done.returncode:
         raise _failure(argv, done.returncode, errors or output, input)
     return output
 
 
-def _run(argv: tuple[str, ...], stdin: int, timeout: float) -> subprocess.CompletedProcess[bytes]:
+def _run(
+    argv: tuple[str, ...], stdin: int, timeout: float, started: Callable[[int], None]
+) -> subprocess.CompletedProcess[bytes]:
     """In a thread with subprocess, which uses vfork(2): asyncio on uvloop forks, and then gRPC's
     fork handlers crash some children before they execute anything.
     """
     try:
-        return subprocess.run(argv, stdin=stdin, capture_output=True, timeout=timeout, check=False)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=pipe) as process:
+            started(process.pid)
+            try:
+                output, errors = process.communicate(timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
     except FileNotFoundError:
         raise CommandFailed(
             f"{argv[0]} is not installed: apt install {_package(argv[0])}"
@@ -61,6 +76,7 @@ def _run(argv: tuple[str, ...], stdin: int, timeout: float) -> subprocess.Comple
         raise CommandFailed(f"{argv[0]} cannot be started: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise CommandFailed(f"{' '.join(argv)}: no end after {timeout:g} s, stopped") from None
+    return subprocess.CompletedProcess(argv, process.returncode, output, errors)
 
 
 def _package(program: str) -> str:

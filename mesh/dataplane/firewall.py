@@ -1,151 +1,268 @@
-"""Other people's FORWARD chains: our accept line at their top, where they may drop.
+"""Other people's firewalls: our flows pass where that is in our hands, else the operator is told.
 
 An accept is final only within its own table, so a DROP policy of Docker or ufw takes what our
-program forwards.  Owns one rule per iptables flavour and family, recognised by its comment.  Never
-creates a table or a chain, and touches a table only while somebody else uses it.
+program forwards.  Owns what carries our comment in others' chains.  Never creates a table or a
+chain, and looks again only when somebody changed something.
 """
 
 from __future__ import annotations
 
+import asyncio
+import enum
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mesh.dataplane import command, nfmessages
+from mesh.dataplane import nfchains, xtfilter, xtlegacy
 from mesh.dataplane.nfnetlink import Socket
 from mesh.dataplane.nfwatch import Watch
+from mesh.dataplane.xtlegacy import LegacyFilter
 from mesh.errors import CommandFailed
 from mesh.model.address import FAMILIES, Family
 from mesh.model.report import Problem
+from mesh.rules import needs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Mapping
 
-    from mesh.rules.marks import Layout
+    from mesh.dataplane.nfchains import Hooked
+    from mesh.rules.needs import Blocked, Need, Wanted
 
-_OURS: Final = "-m comment --comment warren-mesh -j ACCEPT"
-"""How our line ends, whatever bit it began with."""
-
-_NFPROTO: Final = {Family.V4: 2, Family.V6: 10}
-_NAMES: Final = {
-    Family.V4: "/proc/thread-self/net/ip_tables_names",
-    Family.V6: "/proc/thread-self/net/ip6_tables_names",
-}
-_PROGRAM: Final = {Family.V4: "iptables", Family.V6: "ip6tables"}
+_XTABLES: Final = {"ip": Family.V4, "ip6": Family.V6}
+_POLL_SECONDS: Final = 0.3
+_REST: Final = 5
+"""Between two looks at a table pass at least so many times what the last one cost."""
 
 log = logging.getLogger(__name__)
 
+Table = xtfilter.Table | nfchains.Table
+
+
+class Mode(enum.Enum):
+    """What may be done about chains that drop our flows.
+
+    REPORT: nothing at all.  FORWARD: one line in FORWARD of iptables, as container engines do.
+    OPEN: lines wherever they are needed, in INPUT and in tables of nft too.
+    """
+
+    REPORT = "report"
+    FORWARD = "forward"
+    OPEN = "open"
+
+
+class _Look(NamedTuple):
+    """One look at a table: how many lines of ours each chain had before and has now, and which
+    wishes are dropped now.
+    """
+
+    before: Mapping[str, int]
+    ours: Mapping[str, int]
+    blocked: tuple[Blocked, ...]
+
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """One filter table: a flavour of iptables ("nft" or "legacy") in one family."""
+class _Seen:
+    """The last look at a table.  `rested` is when the next is due (event loop's clock)."""
 
-    flavour: str
-    family: Family
-
-    @property
-    def program(self) -> str:
-        """The program that edits it."""
-        return f"{_PROGRAM[self.family]}-{self.flavour}"
-
-
-def missing(listed: str, layout: Layout) -> bool:
-    """Whether FORWARD, as `iptables -S FORWARD` lists it, may drop and does not begin with our
-    line, or has another one of ours.  Pure.
-    """
-    policy, *rules = (line.replace('"', "") for line in listed.splitlines() if line[:1] == "-")
-    ours = [f"-A FORWARD {rule}" for rule in _present(listed)]
-    others = [rule for rule in rules if rule not in (*ours, "-A FORWARD -j MESH-FORWARD")]
-    if not others and policy.endswith("ACCEPT"):
-        return ours not in ([], [f"-A FORWARD {_rule(layout)}"])
-    return ours != [f"-A FORWARD {_rule(layout)}"] or rules[:1] != ours
-
-
-def change(listed: str, layout: Layout) -> str:
-    """What `iptables-restore --noflush` does about it: our line, once, at the top.  Pure."""
-    old = "".join(f"-D FORWARD {rule}\n" for rule in _present(listed))
-    return f"*filter\n{old}-I FORWARD 1 {_rule(layout)}\nCOMMIT\n"
-
-
-def _rule(layout: Layout) -> str:
-    return f"-m connmark --mark {layout.ours:#x}/{layout.ours:#x} {_OURS}"
-
-
-def _present(listed: str) -> list[str]:
-    """Our lines in FORWARD: also of before the layout changed."""
-    lines = (line.replace('"', "") for line in listed.splitlines())
-    return [
-        line.removeprefix("-A FORWARD ")
-        for line in lines
-        if line.startswith("-A FORWARD -m connmark ") and line.endswith(_OURS)
-    ]
+    look: _Look
+    wishes: tuple[Need, ...]
+    rested: float
 
 
 class Firewall:
-    """Keeps our line in place.
+    """Keeps our lines in place, and knows what is dropped all the same.
 
-    `layout` says what our flows carry; `ignored` is the port id of the socket whose changes are
-    ours; `own` the flavour of iptables that drives our rules, which accept by themselves there.
+    `ignored` is the port id of the socket whose changes are ours; `own` the flavour of iptables
+    that drives our rules, which accept what is forwarded by themselves there.
     """
 
-    def __init__(self, layout: Layout, ignored: int, own: str = "") -> None:
-        self._layout = layout
+    def __init__(self, ignored: int, own: str = "", mode: Mode = Mode.FORWARD) -> None:
         self._own = own
+        self._mode = mode
         self._socket = Socket()
         self._watch = Watch(ignored=ignored)
-        self._seen: set[Table] = set()
+        self._legacy = LegacyFilter()
+        self._hooked: list[Hooked] | None = None
+        self._seen: dict[Table, _Seen] = {}
+        self._touched: dict[Table, str] = {}
+        self._unread: set[Table] = set()
+        self._mixed: set[Table] = set()
+        self._lost: list[tuple[str, str]] = []
+        self.blocked: tuple[Blocked, ...] = ()
+        """What the last pass found dropped for certain."""
+        self.failed: tuple[Problem, ...] = ()
+        """What it could not read or write."""
+        self.is_settled = False
+        """Whether the last pass left nothing to look at; if not, `wait` is short."""
 
-    async def sync(self) -> tuple[Problem, ...]:
-        """One pass over the tables in use; what could not be done, and which chain drops."""
-        changed = self._changed()
-        problems = []
-        in_use = {table for table in self._in_use() if table.flavour != self._own}
-        for table in in_use:
-            if table.flavour == "legacy" or changed or table not in self._seen:
-                try:
-                    await _accept(table, self._layout)
-                except CommandFailed as error:
-                    problems.append(
-                        Problem(about=f"firewall {table.program} FORWARD", message=str(error))
-                    )
-        self._seen = in_use
-        return tuple(problems)
+    async def wait(self, seconds: float) -> None:
+        """Until somebody changed a table of nf_tables, but no longer; or until it is time to look
+        at those of iptables-legacy, which the kernel does not tell of.
+        """
+        soon = self._legacy.is_used() or not self.is_settled
+        try:
+            async with asyncio.timeout(_POLL_SECONDS if soon else seconds):
+                await self._watch.readable()
+        except TimeoutError:
+            pass
+
+    async def sync(self, wanted: Wanted) -> tuple[Problem, ...]:
+        """One pass over the tables in use; what is dropped there, and what could not be done."""
+        self._listen()
+        wishes = needs.of(wanted)
+        problems: list[Problem] = []
+        found: list[Blocked] = []
+        tables = self._tables()
+        self._seen = {table: seen for table, seen in self._seen.items() if table in tables}
+        self._touched = {table: by for table, by in self._touched.items() if table in tables}
+        mixed = len(self._mixed)
+        for table in tables:
+            try:
+                found += await self._look(table, wishes)
+            except xtfilter.Mixed:
+                self._mixed.add(table)  # the next pass reads it as any table of nft
+            except CommandFailed as error:
+                self._seen.pop(table, None)
+                problems += self._failed(table, error)
+        self.is_settled = not self._touched and len(self._mixed) == mixed
+        self.blocked, self.failed = tuple(found), tuple(problems)
+        return (*problems, *needs.problems(found))
+
+    def replaced(self) -> list[tuple[str, str]]:
+        """Lines of ours that had been removed and are back, since last asked: where, by whom."""
+        found, self._lost = self._lost, []
+        return found
 
     async def remove(self) -> None:
-        """Take our line out of every table."""
-        for table in self._in_use():
-            listed = await command.run(table.program, "-w", "-S", "FORWARD")
-            for rule in _present(listed):
-                await command.run(table.program, "-w", "-D", "FORWARD", *rule.split())
+        """Take our lines out of every table.  Raises CommandFailed."""
+        for table in self._tables():
+            try:
+                await (await table.read()).write({})
+            except CommandFailed as error:
+                if isinstance(table, xtfilter.Table):
+                    raise
+                log.warning("firewall table=%r cannot be read: %s", table.name, error)
 
     def close(self) -> None:
         """Release the sockets."""
         self._socket.close()
         self._watch.close()
+        self._legacy.close()
 
-    def _changed(self) -> bool:
-        """Whether anybody touched a filter table of nf_tables since the last pass."""
+    # ---- which tables there are, and which were touched
+
+    def _listen(self) -> None:
+        """Note which tables were touched since the last pass, and by whom."""
         events = self._watch.read()
-        return events is None or any(event.table == "filter" for event in events)
-
-    def _in_use(self) -> Iterator[Table]:
-        """Looks only: to ask iptables-legacy for a table would create it."""
-        tables = nfmessages.tables(self._socket)
-        for family in FAMILIES:
-            if (_NFPROTO[family], "filter") in tables:
-                yield Table("nft", family)
-            try:
-                names = Path(_NAMES[family]).read_text(encoding="ascii").split()
-            except OSError:  # the kernel has no legacy tables
+        if events is None:
+            self._hooked = None
+            self._touched |= dict.fromkeys(self._seen, "")
+        for event in events or ():
+            family = nfchains.FAMILIES.get(event.family)
+            if family is None or event.kind.endswith(("element", "set", "commit")):
                 continue
-            if "filter" in names:
-                yield Table("legacy", family)
+            if event.hooked or event.kind in ("del chain", "del table"):
+                self._hooked = None
+            self._touched[nfchains.Table(family, event.table)] = event.by
+            if event.table == "filter" and family in _XTABLES:
+                of_iptables = xtfilter.Table("nft", _XTABLES[family])
+                self._touched[of_iptables] = event.by
+                self._mixed.discard(of_iptables)
+        if self._legacy.changed():
+            self._touched |= {xtfilter.Table("legacy", family): "" for family in FAMILIES}
+
+    def _tables(self) -> set[Table]:
+        """The tables in use.
+
+        Looks only: to ask iptables-legacy for a table would create it.
+        """
+        if self._hooked is None:
+            self._hooked = nfchains.foreign(self._socket)
+        native: dict[tuple[str, str], list[Hooked]] = {}
+        found: set[Table] = set()
+        for hooked in self._hooked:
+            table = _of_iptables(hooked)
+            if table is not None and table not in self._mixed:
+                found.add(table)
+            else:
+                native.setdefault((hooked.family, hooked.table), []).append(hooked)
+        for (family, name), chains in native.items():
+            found.add(nfchains.Table(family, name, tuple(chains)))
+        for each in FAMILIES:
+            legacy = xtfilter.Table("legacy", each)
+            if "filter" in xtlegacy.names(each) and legacy.is_served():
+                found.add(legacy)
+        return found
+
+    # ---- one table
+
+    async def _look(self, table: Table, wishes: tuple[Need, ...]) -> tuple[Blocked, ...]:
+        """What a table drops of our wishes, once our lines are in place."""
+        clock, seen = asyncio.get_running_loop().time, self._seen.get(table)
+        if seen is not None:
+            same = seen.wishes == wishes and table not in self._touched
+            if same or clock() < seen.rested:
+                return seen.look.blocked
+        by, began = self._touched.pop(table, ""), clock()
+        look = await self._pass(table, wishes)
+        self._unread.discard(table)
+        if seen is not None:
+            for chain, count in seen.look.ours.items():
+                if look.before[chain] < count <= look.ours[chain]:
+                    self._lost.append((f"{table.name} {chain}", by))
+        self._seen[table] = _Seen(look, wishes, clock() + _REST * (clock() - began))
+        return look.blocked
+
+    async def _pass(self, table: Table, wishes: tuple[Need, ...]) -> _Look:
+        saved = await table.read()
+        chains = [place.chain for _, place in table.places()]
+        before = {chain: saved.count(chain) for chain in chains}
+        writes = self._mode is not Mode.REPORT
+        if writes and await saved.write(self._needed(table, saved, wishes)):
+            log.warning("firewall table=%r our lines are in place", table.name)
+            saved = await table.read()
+        found: list[Blocked] = []
+        for hook, place in table.places():
+            found += needs.blocked(place, saved.chains, hook, wishes)
+        ours = {chain: saved.count(chain) for chain in chains}
+        return _Look(before, ours, tuple(found))
+
+    def _needed(
+        self, table: Table, saved: Saved, wishes: tuple[Need, ...]
+    ) -> dict[str, tuple[Need, ...]]:
+        """Which lines of ours each chain of a table is to have.
+
+        In FORWARD of iptables before anything that may drop: what is dropped for certain is not
+        enough, for others' lines come and go.
+        """
+        found: dict[str, tuple[Need, ...]] = {}
+        flavour = table.flavour if isinstance(table, xtfilter.Table) else None
+        for hook, place in table.places():
+            if flavour is not None and hook == needs.FORWARD:
+                if flavour != self._own and saved.may_drop(place.chain):
+                    found[place.chain] = tuple(need for need in wishes if need.hook == hook)
+            elif self._mode is Mode.OPEN:
+                blocked = needs.blocked(place, saved.foreign, hook, wishes)
+                found[place.chain] = tuple(each.need for each in blocked)
+        return found
+
+    def _failed(self, table: Table, error: CommandFailed) -> Iterable[Problem]:
+        """A table of nft that cannot be read is not accused, but logged."""
+        if isinstance(table, xtfilter.Table):
+            return (Problem(about=f"firewall {table.name}", message=str(error)),)
+        if table not in self._unread:
+            self._unread.add(table)
+            log.warning("firewall table=%r cannot be read: %s", table.name, error)
+        return ()
 
 
-async def _accept(table: Table, layout: Layout) -> None:
-    listed = await command.run(table.program, "-w", "-S", "FORWARD")
-    if missing(listed, layout):
-        text = change(listed, layout)
-        await command.run(f"{table.program}-restore", "--noflush", "-w", input=text)
-        log.warning("firewall=%s FORWARD may drop: accepting our flows at its top", table.program)
+Saved = xtfilter.Saved | nfchains.Listed
+
+
+def _of_iptables(hooked: Hooked) -> xtfilter.Table | None:
+    """The table of iptables-nft that a chain belongs to, if it is there and can be edited."""
+    family = _XTABLES.get(hooked.family)
+    if family is None or hooked.table != "filter" or hooked.name != xtfilter.CHAINS[hooked.hook]:
+        return None
+    table = xtfilter.Table("nft", family)
+    return table if table.is_served() else None

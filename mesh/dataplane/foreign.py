@@ -1,4 +1,5 @@
-"""What others on this host have that could be in the mesh's way: firewalls, marks, routing rules.
+"""What others on this host have that could be in the mesh's way: marks, routing rules.  Their
+firewalls: mesh.dataplane.firewall.
 
 Only looks, and asks for no table that does not exist: that would create it.
 """
@@ -6,14 +7,13 @@ Only looks, and asks for no table that does not exist: that would create it.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.dataplane import command, hold, host, nfmessages
-from mesh.dataplane.firewall import Table
 from mesh.dataplane.nfnetlink import Socket
+from mesh.dataplane.xtfilter import Table
 from mesh.errors import HostNotReady
 from mesh.model.address import FAMILIES, Family
 from mesh.model.link import PROTOCOL
@@ -34,18 +34,6 @@ _COMPATIBLE: Final = frozenset(("raw", "mangle", "nat", "filter", "security"))
 """Tables of the families ip and ip6 that iptables-nft prints in its own words."""
 
 
-class Filter(NamedTuple):
-    """One filter table: the policy of each built-in chain, and the rules of every chain."""
-
-    policies: Mapping[str, str]
-    rules: Mapping[str, list[str]]
-
-    def listed(self, chain: str) -> str:
-        """A built-in chain as `iptables -S` lists it."""
-        lines = (f"-A {chain} {rule}\n" for rule in self.rules[chain])
-        return f"-P {chain} {self.policies[chain]}\n{''.join(lines)}"
-
-
 class Marking(NamedTuple):
     """A rule of somebody else that changes marks: the packet's (MARK) or the flow's (CONNMARK), in
     these bits.
@@ -55,15 +43,6 @@ class Marking(NamedTuple):
     kind: str
     bits: int
     rule: str
-
-
-class Chain(NamedTuple):
-    """A chain of an nftables table that is neither ours nor iptables', hooked where it may drop."""
-
-    table: str
-    name: str
-    hook: str
-    policy: str
 
 
 class RoutingRule(NamedTuple):
@@ -102,23 +81,6 @@ async def saved() -> dict[Table, str]:
     return found
 
 
-def filters(text: str) -> Filter | None:
-    """The filter table in what iptables-save printed, or None.  Pure."""
-    for table, lines in _tables(text):
-        if table != "filter":
-            continue
-        policies, rules = dict[str, str](), dict[str, list[str]]()
-        for line in lines:
-            if line[0] == ":":
-                name, policy = line[1:].split()[:2]
-                policies[name], rules[name] = policy, []
-            else:
-                name, _, rule = line.removeprefix("-A ").partition(" ")
-                rules[name].append(rule)
-        return Filter(policies, rules)
-    return None
-
-
 def markings(program: str, text: str) -> Iterator[Marking]:
     """The rules of others in what iptables-save printed that change marks.  Pure."""
     for table, lines in _tables(text):
@@ -151,21 +113,6 @@ def _has_nftables() -> bool:
         return True  # nft says so better
     except OSError:
         return False
-
-
-async def chains() -> list[Chain]:
-    """Hooked chains in the tables of others.  Raises CommandFailed."""
-    if not _has_nftables():
-        return []
-    listed = json.loads(await command.run("nft", "-j", "list", "chains"))["nftables"]
-    found = []
-    for each in listed:
-        chain = each.get("chain", {})
-        table = f"{chain.get('family')} {chain.get('table')}"
-        if chain.get("hook") and not _is_known(table):
-            policy = chain.get("policy", "accept")
-            found.append(Chain(table, chain["name"], chain["hook"], policy))
-    return found
 
 
 def _is_known(table: str) -> bool:

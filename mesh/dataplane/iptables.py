@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from mesh.dataplane import command, nfmessages, xtprograms
 from mesh.dataplane.nfnetlink import BRIDGE, Socket
-from mesh.dataplane.protocol import Examined
+from mesh.dataplane.protocol import Examined, Tampering
 from mesh.dataplane.xtprograms import PROGRAMS, Programs
 from mesh.dataplane.xtwatch import XtablesWatch
 from mesh.delta import Delta
-from mesh.errors import ApplyFailed, CommandFailed, NotFound
+from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.model.address import FAMILIES, Family
 from mesh.model.report import Problem
 from mesh.rules import ipsets, program, xtables, xtables_intact
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-_POLL_SECONDS: Final = 0.3
-_DOUBT_SECONDS: Final = 10.0
 
 _NO_BRIDGE: Final = (
     "replicas on this node cannot reach each other through a service: nft is needed for it"
@@ -64,7 +62,7 @@ class IptablesDriver:
 
     def __init__(self, parameters: Parameters, flavour: Flavour) -> None:
         self.name = f"iptables-{flavour}"
-        self._programs = Programs(flavour)
+        self._programs = Programs(flavour, self._own)
         self._layout = parameters.layout
         self._program = {family: xtables.program(parameters, family) for family in FAMILIES}
         self._version = {f: xtables.version(tables) for f, tables in self._program.items()}
@@ -74,13 +72,12 @@ class IptablesDriver:
         self._problems: tuple[Problem, ...] = ()
         self._lock = asyncio.Lock()
         self._watch: XtablesWatch | None = None
-        self._told_at = -_DOUBT_SECONDS
 
     def problems(self) -> tuple[Problem, ...]:
         """What this host cannot do."""
         return self._problems
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> bool:
         """Load the static chains and sets, or adopt those that are loaded.  Raises CommandFailed.
 
         The same ones, untouched by anybody: left alone.  Another version, or damaged ones: each
@@ -88,6 +85,9 @@ class IptablesDriver:
         `attach` has yet to lead packets there.
         """
         async with self._lock:
+            began = time.monotonic()
+            watch = self._watch = self._watch or _watch(self._programs.flavour)
+            watch.look()  # what was done up to now is read below
             await xtprograms.ipset(ipsets.program())
             found = await self._find()
             self._attached = self._is_hooked(found)
@@ -95,12 +95,15 @@ class IptablesDriver:
             await _together(self._load(family, found) for family in stale)
             if not stale and self._attached:
                 await _together(self._hook(f, found.tables[f]) for f in FAMILIES)
+            had_bridge = _has_bridge()
             await self._load_bridge()
             await xtprograms.destroy(sorted(ipsets.lists(found.sets) - found.image.lists()))
             self._image = found.image
             self._settle()
+            watch.checked(time.monotonic() - began)
             how = "loaded" if stale else "adopted"
             _log.info("iptables flavour=%s program=%s", self._programs.flavour, how)
+            return bool(stale) or not (had_bridge or self._problems)
 
     async def attach(self) -> None:
         """Jump to our chains from the hooks: mangle, which gives flows their marks, last.
@@ -109,46 +112,18 @@ class IptablesDriver:
         """
         async with self._lock:
             if not self._attached:
+                self._expect()
                 await _together(self._hook(family, {}) for family in FAMILIES)
                 self._attached = True
                 self._settle()
                 _log.info("iptables flavour=%s program=attached", self._programs.flavour)
 
-    async def damaged(self) -> bool:
-        """Whether somebody took out one of our jumps, or emptied our sets; cheap enough to poll."""
-        try:
-            await command.run("ipset", "test", ipsets.CANARY, "127.0.0.1")
-            for family, tables in self._program.items():
-                for table, static in tables.items():
-                    hook, chain = next(iter(static.hooks.items()))
-                    jump = f"-A {hook} -j {chain}\n"
-                    if jump not in await self._programs.rules(family, table, hook):
-                        return True
-        except CommandFailed:
-            return True
-        return False
-
-    async def tampered(self) -> str:
-        """See Driver.tampered: told at once if a jump or a set of ours is gone; other changes to
-        iptables' tables make it tell once in ten seconds, for most are not about us.
-        """
-        clock = asyncio.get_running_loop().time
-        if self._watch is None:
-            self._watch = XtablesWatch(self._programs.flavour)
-        doubtful = False
-        while True:
-            await asyncio.sleep(_POLL_SECONDS)
-            if self._lock.locked():
-                continue
-            if self._watch.changed():
-                self._watch.settle()
-                doubtful = True
-                if await self.damaged():
-                    self._told_at = clock()
-                    return "a jump or a set of ours is gone"
-            if doubtful and clock() >= self._told_at + _DOUBT_SECONDS:
-                self._told_at = clock()
-                return "iptables or ipset was used"
+    async def tampered(self, settle: float) -> Tampering:
+        """See Driver.tampered; also told now and then without a reason."""
+        self._watch = self._watch or _watch(self._programs.flavour)
+        found = await self._watch.suspicion(self._lock)
+        await asyncio.sleep(settle)
+        return Tampering(found.what, found.by)
 
     async def read(self) -> Elements:
         """Every element the host holds.  Raises NotFound if chains or sets are gone or damaged."""
@@ -201,6 +176,7 @@ class IptablesDriver:
             if not change:
                 return
             plan = await asyncio.to_thread(image.plan, change)
+            self._expect()
             try:
                 await self._run(plan.stages)
                 await xtprograms.destroy(plan.unused)
@@ -264,6 +240,11 @@ class IptablesDriver:
         """Stop looking; the kernel keeps forwarding."""
         if self._watch is not None:
             self._watch.close()
+
+    def _expect(self) -> None:
+        """What is seen by now was done by somebody else."""
+        if self._watch is not None:
+            self._watch.before_own()
 
     def _settle(self) -> None:
         """What was just written is our own."""
@@ -340,15 +321,26 @@ class IptablesDriver:
     async def _load_bridge(self) -> None:
         """Replies between replicas on one bridge pass through the node; iptables cannot do it."""
         try:
-            await command.run("nft", "-f", "-", input=self._bridge)
+            await command.run("nft", "-f", "-", input=self._bridge, started=self._own)
         except CommandFailed as error:
             _log.warning("iptables table=bridge error=%r", str(error))
             self._problems = (Problem(about="iptables", message=f"{_NO_BRIDGE} ({error})"),)
         else:
             self._problems = ()
 
+    def _own(self, process: int) -> None:
+        if self._watch is not None:
+            self._watch.own(process)
+
 
 _EMPTY: Final = xtables.Saved({})
+
+
+def _watch(flavour: Flavour) -> XtablesWatch:
+    try:
+        return XtablesWatch(flavour)
+    except PermissionError:
+        raise HostNotReady("iptables cannot be read: run as root, or with CAP_NET_ADMIN") from None
 
 
 async def _together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
@@ -369,6 +361,15 @@ def _bridge_gone() -> Iterator[Problem]:
         if (BRIDGE, nfmessages.TABLE) not in nfmessages.tables(netlink):
             message = "is gone: replicas on one bridge miss replies until the agent loads it again"
             yield Problem(about="table bridge mesh", message=message)
+
+
+def _has_bridge() -> bool:
+    """Whether the table for replies between replicas is there.  Not without nf_tables."""
+    try:
+        with closing(Socket()) as netlink:
+            return (BRIDGE, nfmessages.TABLE) in nfmessages.tables(netlink)
+    except OSError:
+        return False
 
 
 def _explained(error: CommandFailed) -> ApplyFailed:

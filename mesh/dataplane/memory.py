@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from mesh.dataplane.protocol import Examined
+from mesh.dataplane.protocol import Examined, Tampering
 from mesh.errors import ApplyFailed, NotFound
 from mesh.rules import elements
 
@@ -30,10 +30,12 @@ class MemoryDriver:
     def __init__(self) -> None:
         self._elements: Elements | None = None
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> bool:
         """Make the sets exist; what they hold stays."""
+        missing = self._elements is None
         if self._elements is None:
             self._elements = {}
+        return missing
 
     async def attach(self) -> None:
         """See Driver.attach: there are no packets."""
@@ -65,10 +67,11 @@ class MemoryDriver:
             changed[key] = data
         self._elements = changed
 
-    async def tampered(self) -> str:
+    async def tampered(self, settle: float) -> Tampering:
         """See Driver.tampered: nobody else can reach it."""
         await asyncio.Event().wait()
-        return ""
+        await asyncio.sleep(settle)
+        return Tampering("", "")
 
     def problems(self) -> tuple[Problem, ...]:
         """See Driver.problems."""

@@ -12,11 +12,11 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-from mesh.dataplane import command, nfchange, nfmessages
-from mesh.dataplane.nfmessages import additions, removals
+from mesh.dataplane import command, nfchange, nfmessages, nfwatch
+from mesh.dataplane.nfmessages import TABLE, additions, removals
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
-from mesh.dataplane.protocol import Examined
+from mesh.dataplane.protocol import Examined, Tampering
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.rules import elements, marks, nft, nft_intact, program
 from mesh.rules.nft_intact import Loaded, Seen
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mesh.dataplane.nfmessages import Chunk
+    from mesh.dataplane.nfwatch import Event
     from mesh.dataplane.protocol import ElementDelta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
@@ -57,13 +58,14 @@ class NftablesDriver:
         self._attached = False
         self._lock = asyncio.Lock()
         self._watch: Watch | None = None
+        self._own: set[int] = set()
 
     @property
     def port(self) -> int:
         """The netlink port id that our own changes are announced with."""
         return self._socket.port
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> bool:
         """Load the program, or adopt the one that is loaded.  Raises CommandFailed.
 
         The same program, untouched by anybody: left alone.  Another version, or a damaged one:
@@ -72,6 +74,7 @@ class NftablesDriver:
         """
         async with self._lock:
             with _reading():
+                self._watch = self._watch or Watch(ignored=self.port)
                 loaded, witness, sizes = self._loaded(), self._witness(), self._dispatched()
                 there = nfmessages.chains(self._socket, INET).keys()
             self._attached = bool(there & self._program.base_chains)
@@ -82,6 +85,8 @@ class NftablesDriver:
             else:
                 self._sizes = sizes
                 _log.info("nftables program=adopted version=%x", self._program.version)
+                return False
+            return True
 
     async def attach(self) -> None:
         """Load the chains that packets enter by, all at once.  Raises CommandFailed."""
@@ -107,10 +112,10 @@ class NftablesDriver:
 
     async def _load(self, text: str, how: str, extra: frozenset[int]) -> None:
         before = nfmessages.generation(self._socket)
-        await command.run("nft", "-f", "-", input=text)
+        await self._nft(text)
         transactions = 1
         try:
-            await command.run("nft", "-f", "-", input=self._program.bridge)
+            await self._nft(self._program.bridge)
             transactions += 1
         except CommandFailed as error:
             text = "nftables table=bridge error=%r replicas on one bridge cannot reach each other"
@@ -118,6 +123,9 @@ class NftablesDriver:
         self._sizes = program.static_sizes(self._layout) | extra
         self._write_witness(before + transactions)
         _log.info("nftables program=%s version=%x", how, self._program.version)
+
+    async def _nft(self, text: str) -> None:
+        await command.run("nft", "-f", "-", input=text, started=self._own.add)
 
     def _stale(self, extra: Iterable[int]) -> str:
         """Deletes chains of ours that the program does not have; the flush leaves them empty."""
@@ -252,7 +260,7 @@ class NftablesDriver:
         """Load more of the program into what is there."""
         before = nfmessages.generation(self._socket)
         intact = self._loaded().witness == self._witness()
-        await command.run("nft", "-f", "-", input=text)
+        await self._nft(text)
         if intact:
             self._write_witness(before + 1)
 
@@ -264,18 +272,31 @@ class NftablesDriver:
         except TimeoutError as error:
             raise ApplyFailed(f"nftables: {error}") from None
 
-    async def tampered(self) -> str:
-        """See Driver.tampered.  What `nft` does for this driver counts as somebody else's."""
+    async def tampered(self, settle: float) -> Tampering:
+        """See Driver.tampered.  What was done since `prepare` counts."""
         if self._watch is None:
             self._watch = Watch(ignored=self.port)
         while True:
-            await _readable(self._watch.fileno())
-            events = self._watch.read()
-            if events is None:
-                return "notifications were lost"
-            for event in events:
-                if event.table == "mesh":
-                    return f"{event.kind} {event.name} by port {event.port}"
+            await self._watch.readable()
+            found = self._foreign(self._watch)
+            if found == []:
+                continue
+            await asyncio.sleep(settle)
+            more = self._foreign(self._watch)
+            if found is None or more is None:
+                return Tampering("notifications were lost", "")
+            return Tampering(*nfwatch.summary([*found, *more]))
+
+    def _foreign(self, watch: Watch) -> list[Event] | None:
+        """What others did to our tables since last asked; None if some of it was lost."""
+        events = watch.read()
+        if events is None:
+            return None
+        ours = [e for e in events if e.table == TABLE and e.family in (INET, BRIDGE)]
+        theirs = [event for event in ours if event.port not in self._own]
+        if not self._lock.locked():
+            self._own.clear()
+        return theirs
 
     def problems(self) -> tuple[Problem, ...]:
         """See Driver.problems: a host that loaded the program can do all of it."""
@@ -312,21 +333,6 @@ def layout(netlink: Socket) -> Layout | None:
             with contextlib.suppress(ValueError):
                 return marks.Layout.of(packet_mark, ct_mark)
     return None
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(descriptor, wake)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(descriptor)
 
 
 async def retire(netlink: Socket) -> None:

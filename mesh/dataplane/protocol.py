@@ -27,6 +27,15 @@ class Examined(NamedTuple):
     differences: tuple[Problem, ...]
 
 
+class Tampering(NamedTuple):
+    """What somebody else may have done to what is ours, as far as it is known, and by whom:
+    program and process id, or empty.
+    """
+
+    what: str
+    by: str
+
+
 class Driver(Protocol):
     """A rule backend: nftables, iptables or memory."""
 
@@ -40,10 +49,11 @@ class Driver(Protocol):
         """The netlink port id of the driver's own changes; 0 if it makes none by netlink."""
         ...
 
-    async def prepare(self) -> None:
+    async def prepare(self) -> bool:
         """Make the static program exist: load it, upgrade it in place, or adopt it as it is.
 
-        Packets meet one that was not there before once it is attached.
+        Packets meet one that was not there before once it is attached.  Whether it had to be
+        loaded.
         """
         ...
 
@@ -67,8 +77,10 @@ class Driver(Protocol):
         """Apply a change, all or nothing.  Raises ApplyFailed with the culprit element."""
         ...
 
-    async def tampered(self) -> str:
-        """Wait until somebody else may have changed what is ours; what is known of it."""
+    async def tampered(self, settle: float) -> Tampering:
+        """Wait until somebody else may have changed what is ours, then `settle` seconds: changes
+        come in bursts.
+        """
         ...
 
     def problems(self) -> tuple[Problem, ...]:

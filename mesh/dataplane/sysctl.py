@@ -22,20 +22,26 @@ _OPTIONAL: Final = ("net/bridge/", "net/ipv6/")
 """Kernels without br_netfilter or IPv6 do not have these, and need none."""
 
 
+SHARED: Final = {
+    "net/ipv4/ip_forward": "1",
+    "net/ipv6/conf/all/forwarding": "1",
+    # Containers of one bridge are redirected through the node; it must not tell them so.
+    "net/ipv4/conf/all/send_redirects": "0",
+    # Bridged packets reach iptables once, when they are routed.
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-ip6tables": "0",
+}
+"""Settings that are not of our own devices, by path below /proc/sys."""
+
+
 def desired(names: DeviceNames) -> dict[str, str]:
     """Settings by path below /proc/sys (program.md section 4)."""
     settings = {
-        "net/ipv4/ip_forward": "1",
-        "net/ipv6/conf/all/forwarding": "1",
-        # Containers of one bridge are redirected through the node; it must not tell them so.
-        "net/ipv4/conf/all/send_redirects": "0",
+        **SHARED,
         f"net/ipv4/conf/{names.bridge}/send_redirects": "0",
         f"net/ipv4/conf/{names.steering}/send_redirects": "0",
         # The reverse path of what arrives here is looked up with its mark.
         f"net/ipv4/conf/{names.steering}/src_valid_mark": "1",
-        # Bridged packets reach iptables once, when they are routed.
-        "net/bridge/bridge-nf-call-iptables": "0",
-        "net/bridge/bridge-nf-call-ip6tables": "0",
     }
     for device in names:
         settings[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"

@@ -15,7 +15,7 @@ from mesh.model.address import Family
 from mesh.rules import ipsets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 Flavour = Literal["legacy", "nft"]
 
@@ -30,10 +30,14 @@ _RELEASE_SECONDS: Final = (0.02, 0.1, 0.5, 0)
 
 
 class Programs:
-    """The programs of one flavour, for the network namespace of the calling thread."""
+    """The programs of one flavour, for the network namespace of the calling thread.
 
-    def __init__(self, flavour: Flavour) -> None:
+    `started` is told the process id of each that changes tables, in another thread.
+    """
+
+    def __init__(self, flavour: Flavour, started: Callable[[int], None]) -> None:
         self.flavour = flavour
+        self._started = started
 
     def name(self, family: Family) -> str:
         """What edits the tables of a family: "ip6tables-legacy"."""
@@ -47,12 +51,8 @@ class Programs:
         """Change tables of a family.  Raises CommandFailed."""
         if text:
             tool = f"{self.name(family)}-restore"
-            await command.run(tool, "--noflush", "-w", _LOCK_SECONDS, input=text)
-
-    async def rules(self, family: Family, table: str, chain: str) -> str:
-        """The rules of a chain.  Raises CommandFailed."""
-        argv = (self.name(family), "-w", _LOCK_SECONDS, "-t", table)
-        return await command.run(*argv, "-S", chain)
+            argv = (tool, "--noflush", "-w", _LOCK_SECONDS)
+            await command.run(*argv, input=text, started=self._started)
 
 
 async def ipset(lines: Iterable[str]) -> None:

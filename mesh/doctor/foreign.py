@@ -2,108 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
 
-from mesh.dataplane import firewall, foreign, host
+from mesh.dataplane import foreign, host
+from mesh.dataplane.firewall import Firewall, Mode
 from mesh.doctor import check
 from mesh.doctor.check import AS_ROOT
 from mesh.errors import CommandFailed, HostNotReady
+from mesh.model.address import FAMILIES
+from mesh.rules import needs
+from mesh.rules.needs import Wanted
 from mesh.wg import links
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    from mesh.dataplane.firewall import Table
-    from mesh.dataplane.foreign import Chain, Filter, Marking, RoutingRule
+    from mesh.dataplane.foreign import Marking, RoutingRule
     from mesh.doctor.check import Check
     from mesh.doctor.subject import Subject
     from mesh.rules.marks import Layout
+    from mesh.rules.needs import Blocked
 
-
-def _ours(subject: Subject) -> str:
-    """The mark of our flows, as connmark takes it."""
-    ours = subject.config.marks.layout.ours
-    return f"{ours:#x}/{ours:#x}"
-
-
-def _accept(subject: Subject) -> str:
-    return f"-m connmark --mark {_ours(subject)} -j ACCEPT"
+_PASSES: Final = 3
+"""Looks at a table; one that iptables cannot read needs a second."""
 
 
 async def of_firewalls(subject: Subject, backend: str, *, running: bool) -> list[Check]:
-    """Whether somebody's FORWARD or INPUT drops what the mesh needs."""
-    found: list[Check] = []
-    try:
-        for table, text in (await foreign.saved()).items():
-            rules = foreign.filters(text)
-            if rules is not None:
-                own = f"iptables-{table.flavour}" == backend
-                found += _of_forward(subject, table, rules, own=own, running=running)
-                found += _of_input(subject, table, rules)
-        found += _of_chains(subject, await foreign.chains())
-    except CommandFailed as error:
-        return [check.warn("firewall", f"not read: {error}", AS_ROOT)]
-    return found or [check.ok("firewall", "nobody's FORWARD or INPUT drops by default")]
+    """Whether somebody's chains drop for certain what the mesh needs."""
+    own = backend.removeprefix("iptables-")
+    with closing(Firewall(ignored=0, own=own, mode=Mode.REPORT)) as firewall:
+        try:
+            await _settle(firewall, subject)
+        except OSError as error:
+            return [check.warn("firewall", f"not read: {error}", AS_ROOT)]
+        unread = (f"not read: {each.message}" for each in firewall.failed)
+        found = [check.warn("firewall", text, AS_ROOT) for text in unread]
+        for each in firewall.blocked:
+            text = f"{each.place} drops {each.need.what}"
+            if not running and _is_for_the_agent(subject, each):
+                text += "; the agent puts a line of its own at the top"
+                found.append(check.ok("firewall", text))
+            else:
+                found.append(check.fail("firewall", text, needs.remedy(each)))
+    return found or [check.ok("firewall", "no chain of this host drops what the mesh needs")]
 
 
-def _of_forward(
-    subject: Subject, table: Table, rules: Filter, *, own: bool, running: bool
-) -> Iterator[Check]:
-    """A table of the flavour that drives our rules accepts our flows by itself: `own`."""
-    drops = rules.policies.get("FORWARD") == "DROP"
-    evidence = f"{table.program} FORWARD has {'policy DROP' if drops else 'rules of others'}"
-    lacking = not own and "FORWARD" in rules.policies
-    layout = subject.config.marks.layout
-    if not lacking or not firewall.missing(rules.listed("FORWARD"), layout):
-        if drops:
-            yield check.ok("firewall", f"{evidence}, and accepts the mesh's flows first")
-    elif not running:
-        text = f"{evidence}; the agent puts one line that accepts its flows at the top"
-        yield check.ok("firewall", text)
-    else:
-        status = check.fail if drops else check.warn
-        fix = f"see the agent's log, or run `{table.program} -I FORWARD 1 {_accept(subject)}`"
-        yield status("firewall", f"{evidence}, and does not begin with the mesh's line", fix)
+def _is_for_the_agent(subject: Subject, each: Blocked) -> bool:
+    mode = Mode(subject.config.firewall)
+    in_forward = each.need.hook == needs.FORWARD and each.place.program != "nft"
+    return mode is Mode.OPEN or (mode is Mode.FORWARD and in_forward)
 
 
-def _of_input(subject: Subject, table: Table, rules: Filter) -> Iterator[Check]:
-    """Only what rules name is asked; a rule may accept more than it names."""
-    if rules.policies.get("INPUT") != "DROP":
-        return
-    wireguard, steering = subject.cluster.wireguard_port, subject.cluster.steering_port
-    wanted = {
-        f"--dport {wireguard} ": f"-p udp --dport {wireguard} -j ACCEPT",
-        f"--dport {steering} ": f"-i {subject.names.overlay} -p udp --dport {steering} -j ACCEPT",
-        _ours(subject): _accept(subject),
-    }
-    every = "\n".join(rule for each in rules.rules.values() for rule in each)
-    lacking = [line for words, line in wanted.items() if words not in every]
-    evidence = f"{table.program} INPUT has policy DROP"
-    if not lacking:
-        yield check.ok("firewall", f"{evidence}, and names what the mesh needs")
-        return
-    lines = "; ".join(f"{table.program} -I INPUT {line}" for line in lacking)
-    status = check.warn if any(map(_is_broad, rules.rules["INPUT"])) else check.fail
-    text = f"{evidence} and does not name all that the mesh needs"
-    yield status("firewall", text, f"run `{lines}`, and keep ICMPv6 open")
-
-
-def _is_broad(rule: str) -> bool:
-    """Whether a rule leads elsewhere, or accepts without looking at a port or a state."""
-    narrow = ("--dport", "state", "-i lo ", "icmp")
-    return not any(word in rule for word in narrow) and "MESH-" not in rule
-
-
-def _of_chains(subject: Subject, chains: list[Chain]) -> Iterator[Check]:
-    """An accept of ours is final in our table alone."""
-    ours = subject.config.marks.layout.ours
-    for chain in chains:
-        if chain.hook in ("forward", "input") and chain.policy == "drop":
-            text = f"nft table {chain.table}, chain {chain.name} has policy drop"
-            fix = f"accept `ct mark & {ours:#x} == {ours:#x}` there"
-            if chain.hook == "input":
-                fix += ", UDP for WireGuard and the steering device, and ICMPv6"
-            yield check.warn("firewall", text, fix)
+async def _settle(firewall: Firewall, subject: Subject) -> None:
+    """Peers may use either family: which one they do is not looked up."""
+    port = subject.cluster.wireguard_port
+    for _ in range(_PASSES):
+        await firewall.sync(Wanted.of(subject.parameters, port, frozenset(FAMILIES)))
+        if firewall.is_settled:
+            return
 
 
 async def of_marks(layout: Layout) -> list[Check]:

@@ -18,14 +18,47 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     problems: tuple[Problem, ...]
 
 
+class Healed(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One healing: when (UTC, RFC 3339), what had been done, and by which program and process."""
+
+    at: str
+    what: str
+    by: str
+
+
+class Healings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """How often a node put right what others changed, since its agent began; one healing may
+    count as several kinds: elements, the program, lines in the host's own firewall.
+    """
+
+    total: int = 0
+    elements: int = 0
+    program: int = 0
+    firewall: int = 0
+    last: Healed | None = None
+
+
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """The etcd revision a node's kernel has, with what drives it and why it is that."""
+    """The etcd revision a node's kernel has, with what drives it and why it is that.
+
+    `healings` lag behind by some seconds: a struggle with another program must not flood etcd.
+    """
 
     revision: int
     backend: str
     version: str
     reason: str = ""
     problems: tuple[Problem, ...] = ()
+    healings: Healings = Healings()
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether a problem is the node's own, not that of a record that it was given."""
+        return any(not each.about.startswith(_OF_RECORDS) for each in self.problems)
+
+
+_OF_RECORDS = ("/", "service ", "task ", "node ")
+"""How problems begin that are about records: all nodes have these, or none can help it."""
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
 from mesh.rules import elements, marks, slots
+from mesh.rules.edition import EDITION, SLOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -223,8 +224,9 @@ def build(parameters: Parameters) -> Program:
         declarations.append(str(layout))  # elements with marks of another one mean nothing
         fields = zip(LAYOUT_KEYS, (layout.packet_mark, layout.ct_mark), strict=True)
         told = "".join(f", {key} : 0x{mask:x}" for key, mask in fields)
-    schema, version = _digest("\n".join(declarations)), _digest(text)
-    inet += f"add element inet mesh fingerprint {{ 0 : 0x{schema:x}, 1 : 0x{version:x}{told} }}\n"
+    schema, version = _digest("\n".join(declarations)), _digest(f"{EDITION} {text}")
+    told = f"0 : 0x{schema:x}, 1 : 0x{version:x}{told}, {SLOT} : 0x{EDITION:x}"
+    inet += f"add element inet mesh fingerprint {{ {told} }}\n"
     return Program(inet, mark + bridge, schema, version, layout)
 
 

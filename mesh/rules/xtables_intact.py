@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.report import Problem
 from mesh.rules import ipsets, marks, xtables
+from mesh.rules.edition import EDITION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ def told(program: Program, static: Table, saved: Saved) -> str:
     """What the canary says of chains that nobody touched."""
     witness, layout = xtables.witness(static, saved), program.layout
     fields = "" if layout == marks.DEFAULT else f".{layout.packet_mark:x}.{layout.ct_mark:x}"
-    return f"{program.version}.{witness}{fields}"
+    return f"{program.version}.{witness}{fields}/{EDITION}"
 
 
 def layout(saved: Mapping[str, Saved]) -> Layout | None:
@@ -42,7 +43,7 @@ def layout(saved: Mapping[str, Saved]) -> Layout | None:
 
 
 def _layout_told(canary: str) -> Layout | None:
-    match canary.split("."):
+    match canary.partition("/")[0].split("."):
         case [_, _]:
             return marks.DEFAULT
         case [_, _, packet_mark, ct_mark]:

@@ -120,7 +120,7 @@ class Overlay:
             said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             reason = said or f"exit status {done.returncode}"
             raise ApplyFailed(f"wireguard-go {self._name}: {reason}")
-        log.info("started wireguard-go device=%s", self._name)
+        log.info("this kernel has no WireGuard: started wireguard-go device=%s", self._name)
 
     def _spawn(self) -> subprocess.CompletedProcess[bytes]:
         """In a thread, with vfork(2): see mesh.dataplane.command.

@@ -6,10 +6,12 @@ One lab of two nodes with a replica on the first; the rules of the second are ta
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from tests.support import gateway
 from tests.support.cluster import Cluster, cluster, ingress, until
 from tests.support.requests import Answer, Ask, ask_all
 
@@ -91,3 +93,65 @@ async def test_other_peoples_tables_are_left_alone(mesh: Cluster, whole: dict[st
     await _intact(mesh, whole)
 
     assert mesh.sh("n2", "nft", "list", "table", "inet", "other") == theirs
+
+
+def _healings(mesh: Cluster) -> dict[str, Any]:
+    found: dict[str, Any] = mesh.records.get("applied/n2")["healings"]
+    return found
+
+
+async def test_who_did_what_is_counted_and_told(mesh: Cluster, whole: dict[str, str]) -> None:
+    """What happens while something else is healed counts as one with it: so try until it is alone,
+    and has been reported.
+    """
+    before = _healings(mesh)["elements"]
+
+    async def told() -> bool:
+        await _intact(mesh, whole)
+        mesh.sh("n2", "nft", "delete element inet mesh meshports4 { tcp . 8080 }")
+        await _intact(mesh, whole)
+        for _ in range(120):
+            last = _healings(mesh)["last"] or {"what": "", "by": ""}
+            if last["what"] == "del element in meshports4" and last["by"].startswith("nft("):
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
+    await until(told, "the healing is reported with who made it necessary")
+    assert _healings(mesh)["elements"] > before
+
+
+async def test_a_looping_tool_is_named_and_floods_nobody(
+    mesh: Cluster, whole: dict[str, str]
+) -> None:
+    await _intact(mesh, whole)
+    total, written = _healings(mesh)["total"], _version(mesh)
+    began = asyncio.get_running_loop().time()
+
+    for _ in range(12):
+        mesh.sh("n2", "nft", "flush chain inet mesh dispatch")
+        await _intact_again(mesh)
+    await until(lambda: _healings(mesh)["total"] >= total + 12, "all healings are reported")
+    await until(lambda: "nft(" in mesh.problems("n2"), "the tool is named")
+    elapsed = asyncio.get_running_loop().time() - began
+    status = (sys.executable, "-m", "mesh", "status", "--config", "/run/lab/agent.toml")
+    shown = await mesh.lab.run("n2", status)
+
+    assert "keeps changing" in mesh.problems("n2")
+    assert "flush" not in mesh.problems("n2")  # a flush is told as what it removes
+    assert _version(mesh) - written <= 3 + elapsed / 5
+    assert "degraded" in shown.stdout
+    assert "healed" in shown.stdout
+
+
+async def _intact_again(mesh: Cluster) -> None:
+    def dispatches() -> bool:
+        return "vmap @sizes" in mesh.sh("n2", "nft", "list", "chain", "inet", "mesh", "dispatch")
+
+    await until(dispatches, "the chain is as before")
+
+
+def _version(mesh: Cluster) -> int:
+    """How often the node's report was written."""
+    found = mesh.records.call("kv/range", {"key": gateway.full("applied/n2")})
+    return int(found["kvs"][0]["version"])

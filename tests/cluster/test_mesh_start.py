@@ -169,6 +169,94 @@ async def test_a_second_agent_with_the_same_state(bare: Cluster) -> None:
     expect_refusal(await agent(bare, path, *locked), f"{HOME}/held", "stop it first")
 
 
+async def test_a_second_agent_with_another_configuration(bare: Cluster) -> None:
+    other = configure(bare, state_dir=f"{HOME}/elsewhere", node="n9", overlay_device="other0")
+    await control.call(bare.lab.name, wire.Start(target="n1"))
+    await until(lambda: bare.records.get("applied/n1") is not None, "the agent forwards")
+
+    done = await agent(bare, other)
+    await bare.signal("n1", signal.SIGTERM)
+    await bare.refresh()
+    await until(lambda: not bare.agent_runs("n1"))
+    await remove(bare)
+
+    expect_refusal(done, "another agent (process", "stop it first")
+
+
+async def remove(bare: Cluster, *options: str) -> Completed:
+    """`mesh agent --cleanup`."""
+    path = configure(bare)
+    return await bare.lab.run("n1", [*MESH, "agent", "--cleanup", *options, "--config", path])
+
+
+async def test_rules_of_a_later_version(bare: Cluster) -> None:
+    for line in (
+        "add table inet mesh",
+        "add map inet mesh fingerprint { type mark : mark; }",
+        "add element inet mesh fingerprint { 3 : 77 }",
+    ):
+        bare.sh("n1", "nft", line)
+
+    refused = await agent(bare, configure(bare))
+    not_removed = await remove(bare)
+    there = bare.sh("n1", "nft", "list", "tables")
+    removed = await remove(bare, "--downgrade")
+
+    expect_refusal(refused, "table inet mesh", "edition 77", "--downgrade")
+    expect_refusal(not_removed, "edition 77", "--downgrade")
+    assert "table inet mesh" in there
+    assert removed.code == 0, removed.stderr
+    assert "table inet mesh" not in bare.sh("n1", "nft", "list", "tables")
+
+
+OLD_NFT: Final = """#!/bin/sh
+text=$(cat)
+case $text in
+  *numgen*) echo "Error: Could not process rule: Operation not supported" >&2; exit 1;;
+esac
+printf '%s\\n' "$text" | exec /usr/sbin/nft "$@"
+"""
+"""An nft or a kernel that cannot draw lots."""
+
+
+async def test_a_feature_of_nftables_is_missing(bare: Cluster) -> None:
+    fake = Path(bare.node("n1").config).with_name("fake")
+    fake.mkdir()
+    (fake / "nft").write_text(OLD_NFT)
+    (fake / "nft").chmod(0o755)
+    old = ("env", f"PATH={HOME}/fake:/usr/sbin:/usr/bin:/sbin:/bin")
+    noted = ("sh", "-c", f'echo $$ >{HOME}/pid && exec "$@"', "sh")
+    path = configure(bare, backend="auto")
+
+    running = asyncio.create_task(agent(bare, path, *old, *noted))
+    await until(lambda: bare.records.get("applied/n1") is not None, "the agent forwards")
+    told = bare.records.get("applied/n1")
+    await bare.lab.run("n1", ["sh", "-c", f"kill $(cat {HOME}/pid)"])
+    done = await running
+    await remove(bare)
+
+    assert told["backend"].startswith("iptables-")
+    assert "Operation not supported" in told["reason"]
+    assert f"backend={told['backend']}" in done.stderr
+    assert "Operation not supported" in done.stderr
+
+
+async def test_a_feature_of_nftables_and_what_replaces_it_are_missing(bare: Cluster) -> None:
+    fake = Path(bare.node("n1").config).with_name("poor")
+    fake.mkdir()
+    (fake / "nft").write_text(OLD_NFT)
+    (fake / "nft").chmod(0o755)
+    old = ("env", f"PATH={HOME}/poor:/usr/sbin:/usr/bin:/sbin:/bin")
+    hide = 'mount --bind /dev/null "$(command -v ipset)" && exec "$@"'
+    private = ("unshare", "--mount", "--propagation", "private", "sh", "-c", hide, "sh")
+
+    done = await agent(bare, configure(bare, backend="auto"), *private, *old)
+    await remove(bare)
+
+    expect_refusal(done, "ipset is not installed", "apt install ipset")
+    assert "Operation not supported" in done.stderr
+
+
 async def test_wrong_credentials(bare: Cluster) -> None:
     """An etcd without users takes any; one with users refuses what is wrong."""
     for user in ("root", "mesh"):

@@ -22,6 +22,7 @@ from mesh.rules import nft
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from mesh.rules.marks import Layout
+from mesh.rules.needs import Wanted
 from mesh.rules.remark import Remark
 from tests.support import drivers, rules
 from tests.support.layouts import ALL, LOW
@@ -257,8 +258,9 @@ async def test_a_firewall_that_drops_knows_flows_by_their_new_mark(flavour: str)
     program = f"iptables-{flavour}"
     await loaded("nftables", LOW)
     run(program, "-P", "FORWARD", "DROP")
-    with closing(Firewall(LOW, ignored=0)) as firewall:
-        await firewall.sync()
+    before = replace(rules.PARAMETERS, layout=LOW)
+    with closing(Firewall(ignored=0)) as firewall:
+        await firewall.sync(Wanted.of(before, 51820, frozenset()))
 
     await agent_remark.settle("nftables", replace(rules.PARAMETERS, layout=OTHER), Start())
 

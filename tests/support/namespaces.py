@@ -7,12 +7,13 @@ import socket
 import struct
 import subprocess
 import threading
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.dataplane import netns
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
 T = TypeVar("T")
 
@@ -45,6 +46,24 @@ class Namespace:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the namespace."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+
+    @contextmanager
+    def running(self, work: Coroutine[Any, Any, None]) -> Iterator[None]:
+        """Have a coroutine run in the namespace during a block; its failure is the block's."""
+
+        async def begin() -> asyncio.Task[None]:
+            return asyncio.create_task(work)
+
+        async def end() -> None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        task = self.run(begin())
+        try:
+            yield
+        finally:
+            self.run(end())
 
     def reaches(self, target: str, mark: int = 0, source: str = "") -> bool:
         """Whether the host `target` answers: it refuses a connection to a port nobody serves."""

@@ -126,6 +126,54 @@ def test_a_problem_is_named_with_what_to_do(
     assert json.loads(checked.stdout)["ok"] is False
 
 
+FIREWALL = {"about": "firewall nft table inet filter chain forward", "message": "drops: run `x`"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "state"),
+    [
+        (FIREWALL, "degraded"),
+        ({"about": "healing", "message": "nft(1) keeps changing it"}, "degraded"),
+        ({"about": "/mesh/services/odd", "message": "is malformed"}, "alive"),
+        ({"about": "task a of service web", "message": "port 80/tcp is taken"}, "alive"),
+    ],
+)
+def test_a_node_that_cannot_do_its_work_is_degraded(
+    cli: CommandLine, problem: dict[str, str], state: str
+) -> None:
+    cli.apply("n1", problems=[problem])
+
+    found = cli.json("status")["nodes"][0]
+
+    assert found["state"] == state
+    assert found["applied"]["problems"] == [problem]
+    assert any("n1" in line and state in line for line in cli.ok("status").splitlines())
+
+
+def test_the_backend_in_force_is_told_with_the_reason(cli: CommandLine) -> None:
+    cli.add_node("n2", 2)
+    cli.apply("n1", reason="this kernel has nftables")
+    cli.apply("n2", backend="iptables-nft", reason="nftables cannot be used: no numgen")
+
+    shown = cli.ok("status").splitlines()
+
+    assert "backend   nftables: this kernel has nftables (n1)" in shown
+    assert "          iptables-nft: nftables cannot be used: no numgen (n2)" in shown
+
+
+def test_healings_are_counted_with_the_last_one(cli: CommandLine) -> None:
+    last = {"at": "2026-01-02T03:04:05Z", "what": "del table mesh", "by": "nft(4711)"}
+    counts = {"total": 37, "elements": 2, "program": 36, "firewall": 1, "last": last}
+    cli.apply("n1", healings=counts)
+
+    found = cli.json("status")["nodes"][0]["applied"]["healings"]
+    shown = cli.ok("status")
+
+    assert found == counts
+    assert "n1 37 times" in shown
+    assert "nft(4711)" in shown
+
+
 @pytest.mark.parametrize(
     ("args", "security", "is_open"),
     [

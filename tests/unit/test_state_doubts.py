@@ -90,3 +90,20 @@ def test_what_did_not_come_back_is_gone_in_the_end() -> None:
     assert "n2" not in _alive(state)
     assert believed == (frozenset({"web"}), True)
     assert state.doubted == set()
+
+
+def test_a_node_knows_whether_its_own_sign_of_life_is_there() -> None:
+    state = _state()
+    own = KEYS.alive("n1")
+    told = [state.is_announced]
+
+    state.apply(_leased(own, {}, 4))
+    told.append(state.is_announced)
+    state.apply(records.delete(own, 5))
+    told.append(state.is_announced)
+    state.apply(_leased(own, {}, 6))
+    state.doubting = True
+    state.apply(records.delete(own, 7))
+    told.append(state.is_announced)
+
+    assert told == [True, True, False, False]
