@@ -103,7 +103,10 @@ class Rules:
         while True:
             found = await self._driver.tampered(pause)
             pause = min(2 * pause, _STRUGGLE_SECONDS) if clock() < last + 1 else SETTLE_SECONDS
-            await self._until_done(self._reconciler.heal)
+            mend = self._reconciler.heal
+            if found.elements is not None:
+                mend = partial(self._reconciler.repair, found.elements)
+            await self._until_done(mend)
             repair = self._reconciler.repaired()
             if repair:
                 last = clock()

@@ -285,7 +285,8 @@ class NftablesDriver:
             more = self._foreign(self._watch)
             if found is None or more is None:
                 return Tampering("notifications were lost", "")
-            return Tampering(*nfwatch.summary([*found, *more]))
+            theirs = [*found, *more]
+            return Tampering(*nfwatch.summary(theirs), nfchange.touched(theirs))
 
     def _foreign(self, watch: Watch) -> list[Event] | None:
         """What others did to our tables since last asked; None if some of it was lost."""

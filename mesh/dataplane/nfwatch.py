@@ -31,16 +31,18 @@ _KINDS: Final = {
 }
 """By message type: how people say it, and the attribute that holds a name."""
 
-_PID, _HOOK = 2, 4
+_PID, _LISTED, _HOOK = 2, 3, 4
 """The attribute of a commit that holds a process id, as the first PID namespace counts
-(NFTA_GEN_PROC_PID); that of a chain that says where it is hooked."""
+(NFTA_GEN_PROC_PID); that of elements that lists them; that of a chain that says where it is
+hooked."""
 
 
 class Event(NamedTuple):
     """One change.  `name` is that of the table, chain or set; for a commit, of the program.
 
     `port` is the netlink port id of who made it: compare with NftablesDriver.port.  `by` is its
-    program and process id, as in "nft(4711)".  `hooked`: it is a new base chain.
+    program and process id, as in "nft(4711)".  `hooked`: it is a new base chain.  `listed` are the
+    elements, as the kernel lists them.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Event(NamedTuple):
     family: int
     by: str
     hooked: bool
+    listed: bytes = b""
 
 
 def summary(events: Sequence[Event]) -> tuple[str, str]:
@@ -133,7 +136,8 @@ def _event(answer: Answer) -> Event | None:
         by = f"{name}({int.from_bytes(parts.get(_PID, b''), 'big')})"
         return Event(kind, "", name, answer.port, 0, by, hooked=False)
     table, hooked = _text(parts.get(1, b"")), number == _NEW_CHAIN and _HOOK in parts
-    return Event(kind, table, name, answer.port, answer.body[0], "", hooked)
+    listed = parts.get(_LISTED, b"") if kind.endswith("element") else b""
+    return Event(kind, table, name, answer.port, answer.body[0], "", hooked, listed)
 
 
 def _text(data: bytes) -> str:

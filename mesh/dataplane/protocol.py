@@ -29,11 +29,12 @@ class Examined(NamedTuple):
 
 class Tampering(NamedTuple):
     """What somebody else may have done to what is ours, as far as it is known, and by whom:
-    program and process id, or empty.
+    program and process id, or empty.  `elements`: these may differ and nothing else; None: all may.
     """
 
     what: str
     by: str
+    elements: frozenset[ElementKey] | None = None
 
 
 class Driver(Protocol):
