@@ -36,9 +36,6 @@ _SETTLE_SECONDS: Final = 0.05
 _REPLICAS_SECONDS: Final = 60.0
 """How often tasks are searched for replicas that use this node's own addresses."""
 
-_PASSES: Final = 3
-"""Looks at the firewall in a row, at most; a table that iptables cannot read needs a second."""
-
 _AT_ONCE: Final = 200
 """Services that are searched before others have their turn: about a millisecond."""
 
@@ -65,23 +62,15 @@ class Neighbours:
             if clock() >= due:
                 self._local_replicas = await self._has_local_replicas()
                 due = clock() + _REPLICAS_SECONDS
-            wanted = self._wanted(parameters)
-            if wanted is not None:
-                await self._sync(wanted)
+            await self.look(parameters)
             await self._firewall.wait(_LOOK_SECONDS)
             await asyncio.sleep(_SETTLE_SECONDS)
 
-    async def settle(self, parameters: Parameters) -> None:
-        """Have our flows accepted now, before what accepts them otherwise goes."""
+    async def look(self, parameters: Parameters) -> None:
+        """One pass."""
         wanted = self._wanted(parameters)
         if wanted is None:
             return
-        for _ in range(_PASSES):
-            await self._sync(wanted)
-            if self._firewall.is_settled:
-                break
-
-    async def _sync(self, wanted: Wanted) -> None:
         before, self.problems = self.problems, await self._firewall.sync(wanted)
         if self.problems != before:
             self._told()

@@ -73,7 +73,7 @@ class Rules:
         before = await backend.read_others(self._driver, parameters)
         await self._until_done(partial(self._reconciler.start, before))
         self._reconciler.repaired()  # nobody else's fault
-        await self._neighbours.settle(parameters)
+        await self._neighbours.look(parameters)
         await backend.retire_others(self._driver, parameters)
 
     async def reconcile(self, touched: Touched) -> None:

@@ -112,7 +112,6 @@ class IptablesDriver:
         """
         async with self._lock:
             if not self._attached:
-                self._expect()
                 await _together(self._hook(family, {}) for family in FAMILIES)
                 self._attached = True
                 self._settle()

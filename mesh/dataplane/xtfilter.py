@@ -29,6 +29,10 @@ CHAINS: Final = {needs.INPUT: "INPUT", needs.FORWARD: "FORWARD"}
 _OURS: Final = re.compile(rf'-A (?:INPUT|FORWARD) .*--comment "?{needs.COMMENT}"? .*')
 
 
+_MESH: Final = "-j MESH-FORWARD"
+"""A backend's own jump, which may still be there when another one drives the rules."""
+
+
 class Mixed(CommandFailed):
     """Rules that only nft understands are in the table; it has to be read with nft."""
 
@@ -102,8 +106,8 @@ class Saved:
     def may_drop(self, chain: str) -> bool:
         """Whether a chain has a policy or rules of others that may drop something."""
         policies = [line.split()[1] for line in self._lines if line.startswith(f":{chain} ")]
-        theirs = [rule for rule in self._rules[chain] if not rule.startswith("-j MESH-")]
-        return policies not in ([], ["ACCEPT"]) or len(theirs) > self.count(chain)
+        others = len(self._rules[chain]) - self.count(chain) - (_MESH in self._rules[chain])
+        return policies not in ([], ["ACCEPT"]) or others > 0
 
     def _ours(self, chain: str) -> list[str]:
         return [rule for rule in self._rules[chain] if _OURS.fullmatch(f"-A {chain} {rule}")]

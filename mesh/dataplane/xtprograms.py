@@ -32,7 +32,7 @@ _RELEASE_SECONDS: Final = (0.02, 0.1, 0.5, 0)
 class Programs:
     """The programs of one flavour, for the network namespace of the calling thread.
 
-    `started` is told the process id of each that changes tables, in another thread.
+    `started` is told the process id of each that writes.
     """
 
     def __init__(self, flavour: Flavour, started: Callable[[int], None]) -> None:
@@ -51,8 +51,8 @@ class Programs:
         """Change tables of a family.  Raises CommandFailed."""
         if text:
             tool = f"{self.name(family)}-restore"
-            argv = (tool, "--noflush", "-w", _LOCK_SECONDS)
-            await command.run(*argv, input=text, started=self._started)
+            words = ("--noflush", "-w", _LOCK_SECONDS)
+            await command.run(tool, *words, input=text, started=self._started)
 
 
 async def ipset(lines: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from mesh.agent import config
 from mesh.lab import client, control, readiness, wire
+from mesh.rules import edition
 from tests.support.cluster import LIMIT, Cluster, until
 from tests.support.gateway import Records
 
@@ -193,7 +194,7 @@ async def test_rules_of_a_later_version(bare: Cluster) -> None:
     for line in (
         "add table inet mesh",
         "add map inet mesh fingerprint { type mark : mark; }",
-        "add element inet mesh fingerprint { 3 : 77 }",
+        f"add element inet mesh fingerprint {{ {edition.SLOT} : 77 }}",
     ):
         bare.sh("n1", "nft", line)
 
