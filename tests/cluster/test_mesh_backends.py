@@ -7,18 +7,14 @@ by every node, to replicas here and elsewhere.
 from __future__ import annotations
 
 import asyncio
-import signal
-from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from msgspec.structs import replace
 
-from mesh.agent import config
 from mesh.model.address import FAMILIES, family_of
 from mesh.rules import xtables
+from tests.support.backends import World
 from tests.support.cluster import PORT, Cluster, cluster, host, ingress, until
 from tests.support.requests import Answer, Ask, Outcome, again, ask_all, held, stream
 
@@ -50,32 +46,12 @@ IDENTITY: Final = (
 )  # fmt: skip
 
 
-def _configure(path: Path, backend: str) -> None:
-    path.write_text(config.dump(replace(config.load(path), backend=backend)))
-
-
-@dataclass
-class World:
-    """The lab, and what drives the rules of the node that changes."""
-
-    mesh: Cluster
-    backend: str
-
-    async def become(self, backend: str) -> None:
-        """Have the agent come back with another backend."""
-        _configure(Path(self.mesh.node(NODE).config), backend)
-        await self.mesh.signal(NODE, signal.SIGTERM)
-        await until(lambda: not self.mesh.agent_runs(NODE))
-        await self.mesh.start_again(NODE)
-        self.backend = backend
-
-
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     placed = (("a1", "n1"), ("b1", "n2"), ("d1", "n3"), ("k1", "n1"), ("k2", "n2"))
     with cluster("backends", 3, *placed, backend=ROUND[0]) as made:
         asyncio.run(_furnish(made))
-        yield World(made, ROUND[0])
+        yield World(made, NODE, ROUND[0])
 
 
 async def _furnish(mesh: Cluster) -> None:
@@ -145,7 +121,7 @@ async def test_no_connection_fails_and_nothing_of_the_old_backend_is_left(
         await world.become(old)
     before = mesh.elements(NODE, *IDENTITY)
 
-    async with held(asks) as first, stream(asks, 0.003) as traffic:
+    async with held(world.lasting(asks)) as first, stream(asks, 0.003) as traffic:
         await traffic.more(CYCLE)
         await world.become(new)
         await mesh.settled()
@@ -171,7 +147,7 @@ async def test_a_firewall_that_the_old_backend_got_past_lets_the_new_one_pass(wo
 
     try:
         await until(lambda: _pass(mesh, asks), "the firewall lets pass what is ours")
-        async with held(asks) as first, stream(asks, 0.003) as traffic:
+        async with held(world.lasting(asks)) as first, stream(asks, 0.003) as traffic:
             await world.become("nftables")
             await mesh.settled()
             await traffic.more(CYCLE)
