@@ -30,14 +30,14 @@ needed: Final = pytest.mark.skipif(
 _PREPARE: Final = """
 set -e
 mount --make-rprivate /
+mount -t proc proc /proc
 mount -t tmpfs tmpfs /mnt
 mkdir /mnt/etc /mnt/etc.work /mnt/usr /mnt/usr.work
 for top in etc usr; do
   mount -t overlay overlay /$top \
     -o lowerdir={packages}/$top:/$top,upperdir=/mnt/$top,workdir=/mnt/$top.work
 done
-mount -t tmpfs tmpfs /run
-mkdir -p /run/bus /run/lock
+mkdir -p /mnt/bus
 mount -t tmpfs tmpfs /var/log
 for tool in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
   case $tool in
@@ -53,22 +53,26 @@ exec sleep infinity
 _BUS: Final = """
 <busconfig>
   <type>system</type>
-  <listen>unix:path=/run/bus/socket</listen>
+  <listen>unix:path=/mnt/bus/socket</listen>
   <policy context="default">
     <allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/>
   </policy>
 </busconfig>
 """
-_ADDRESS: Final = "unix:path=/run/bus/socket"
+_ADDRESS: Final = "unix:path=/mnt/bus/socket"
 
 
 class Machine:
-    """The file system in which a firewall runs, and the network namespace it guards."""
+    """The file system in which a firewall runs, and the network namespace it guards.
+
+    /run, where the lock of iptables-legacy is, stays that of the machine whose namespace it is.
+    """
 
     def __init__(self, netns: str, flavour: str) -> None:
         script = _PREPARE.format(packages=_PACKAGES, flavour=flavour)
+        files = (f"--mount={netns.removesuffix('net')}mnt",) if netns.startswith("/proc/") else ()
         self._holder = subprocess.Popen(
-            ["nsenter", f"--net={netns}", "unshare", "--mount", "sh", "-c", script],
+            ["nsenter", f"--net={netns}", *files, "unshare", "--mount", "sh", "-c", script],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -147,9 +151,9 @@ def ufw(netns: str, flavour: str = "nft") -> Iterator[Machine]:
 def firewalld(netns: str, backend: str = "nftables", flavour: str = "nft") -> Iterator[Machine]:
     """A machine whose firewalld runs with its defaults: zone public, which rejects."""
     with _machine(netns, flavour) as machine:
-        machine.write("/run/bus/conf", _BUS)
-        machine.start("dbus-daemon", "--config-file=/run/bus/conf", "--nofork", "--nopidfile")
-        _until(machine, "test", "-S", "/run/bus/socket")
+        machine.write("/mnt/bus/conf", _BUS)
+        machine.start("dbus-daemon", "--config-file=/mnt/bus/conf", "--nofork", "--nopidfile")
+        _until(machine, "test", "-S", "/mnt/bus/socket")
         chosen = f"s/^FirewallBackend=.*/FirewallBackend={backend}/"
         machine.sh("sed", "-i", chosen, "/etc/firewalld/firewalld.conf")
         machine.start("firewalld", "--nofork", "--nopid")

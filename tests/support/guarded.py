@@ -95,6 +95,7 @@ async def _mend(world: OneNode) -> None:
             await world.driver.prepare()
             wanted = world.lowered(FORWARDINGS)
             await world.driver.apply(Delta.between(await world.driver.read(), wanted))
+            await world.driver.attach()
         except (ApplyFailed, CommandFailed, NotFound):  # the other one is still at it
             await asyncio.sleep(0.2)
         else:
