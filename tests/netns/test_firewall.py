@@ -74,6 +74,19 @@ def test_a_drop_policy_is_passed_and_passed_again_after_a_reload(
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("closing", ["-P FORWARD DROP", "-A FORWARD -p udp -j DROP"])
+def test_a_policy_and_a_rule_may_drop(
+    world: OneNode, firewall: Firewall, flavour: str, closing: str
+) -> None:
+    world.node.sh(f"iptables-{flavour}", *closing.split())
+
+    told = sync(world, firewall)
+
+    assert told == ()
+    assert ask_port(Family.V4) == answered(Family.V4)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_only_our_line_comes_and_goes(world: OneNode, firewall: Firewall, flavour: str) -> None:
     program = f"iptables-{flavour}"
     world.node.sh(program, "-P", "FORWARD", "DROP")
