@@ -17,6 +17,7 @@ from mesh.dataplane.xtfilter import Table
 from mesh.errors import HostNotReady
 from mesh.model.address import FAMILIES, Family
 from mesh.model.link import PROTOCOL
+from mesh.rules import xtables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -83,23 +84,13 @@ async def saved() -> dict[Table, str]:
 
 def markings(program: str, text: str) -> Iterator[Marking]:
     """The rules of others in what iptables-save printed that change marks.  Pure."""
-    for table, lines in _tables(text):
-        for line in lines:
-            found = _XMARK.search(line)
-            if found is not None and not any(word in line for word in _OURS):
-                bits = int(found[2], 16) | int(found[3], 16)
-                yield Marking(f"{program} -t {table}", found[1], bits, line.removeprefix("-A "))
-
-
-def _tables(text: str) -> Iterator[tuple[str, list[str]]]:
-    table, lines = "", list[str]()
-    for line in text.splitlines():
-        if line.startswith("*"):
-            table, lines = line[1:], []
-        elif line == "COMMIT":
-            yield table, lines
-        elif line[:1] in (":", "-"):
-            lines.append(line)
+    for table, saved in xtables.parse(text).items():
+        for chain, rules in saved.chains.items():
+            for rule in (f"{chain} {each}" for each in rules):
+                found = _XMARK.search(rule)
+                if found is not None and not any(word in rule for word in _OURS):
+                    bits = int(found[2], 16) | int(found[3], 16)
+                    yield Marking(f"{program} -t {table}", found[1], bits, rule)
 
 
 def _has_nftables() -> bool:

@@ -11,7 +11,7 @@ import pytest
 from mesh.errors import StoreUnavailable
 from mesh.store.etcd_channel import EtcdOptions
 from tests.support.certificates import Authority
-from tests.support.etcd import Etcd, encoded, etcd, free_port
+from tests.support.etcd import Etcd, encoded, etcd
 from tests.support.stores import connected, following
 
 if TYPE_CHECKING:
@@ -31,14 +31,8 @@ async def test_everything_goes_over_tls_with_a_client_certificate(tmp_path: Path
     authority, stranger = Authority(tmp_path / "ca"), Authority(tmp_path / "stranger")
     own = authority.issue("server", "127.0.0.1")
     client = authority.issue("client")
-    port = free_port()
-    secure = f"https://127.0.0.1:{port}"
     server = Etcd(tmp_path)
-    server.flags = (
-        "--listen-client-urls", f"{server.url},{secure}", "--advertise-client-urls", secure,
-        "--cert-file", own.certificate, "--key-file", own.key,
-        "--trusted-ca-file", authority.certificate, "--client-cert-auth",
-    )  # fmt: skip
+    secure = server.secured(own, authority)
     try:
         server.start()
         options = EtcdOptions(

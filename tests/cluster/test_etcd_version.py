@@ -34,13 +34,8 @@ async def test_each_endpoint_tells_its_version_and_clock_or_why_not(tmp_path: Pa
 async def test_over_tls_a_client_shows_its_certificate(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "ca")
     own, client = authority.issue("server", "127.0.0.1"), authority.issue("client")
-    secure = f"https://127.0.0.1:{free_port()}"
     server = Etcd(tmp_path)
-    server.flags = (
-        "--listen-client-urls", f"{server.url},{secure}", "--advertise-client-urls", secure,
-        "--cert-file", own.certificate, "--key-file", own.key,
-        "--trusted-ca-file", authority.certificate, "--client-cert-auth",
-    )  # fmt: skip
+    secure = server.secured(own, authority)
     try:
         server.start()
         known = EtcdOptions(

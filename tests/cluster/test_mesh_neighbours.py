@@ -6,7 +6,6 @@ after it healed, and after `mesh agent --cleanup`.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from mesh.lab import client, control, readiness, wire
+from mesh.lab import control, wire
 from tests.support import drivers
-from tests.support.cluster import LIMIT, Cluster, until
-from tests.support.gateway import Records
+from tests.support.bare import machine
+from tests.support.cluster import Cluster, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,20 +83,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def host(backend: str) -> Iterator[Cluster]:
-    own = client.launch(f"neighbours-{backend}", 1, (), backend)
-    try:
-        yield asyncio.run(_built(own))
-    finally:
-        asyncio.run(own.end())
-
-
-async def _built(own: client.OwnLab) -> Cluster:
-    await own.built()
-    status = await own.status()
-    made = Cluster(own, Records(status.etcd), status)
-    async with client.open_store(status.etcd) as store:
-        await readiness.initialise(store, LIMIT)
-    return made
+    with machine(f"neighbours-{backend}", backend) as made:
+        yield made
 
 
 async def test_what_is_foreign_stays_as_it_is(host: Cluster, backend: str) -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from mesh.agent import config
-from mesh.lab import client, control, readiness, wire
+from mesh.lab import control, wire
 from mesh.rules import edition
+from tests.support.bare import machine
 from tests.support.cluster import LIMIT, Cluster, until
-from tests.support.gateway import Records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,20 +33,8 @@ HOME: Final = "/run/lab"
 
 @pytest.fixture(scope="module")
 def bare() -> Iterator[Cluster]:
-    own = client.launch("bare", 1, ())
-    try:
-        yield asyncio.run(_built(own))
-    finally:
-        asyncio.run(own.end())
-
-
-async def _built(own: client.OwnLab) -> Cluster:
-    await own.built()
-    status = await own.status()
-    made = Cluster(own, Records(status.etcd), status)
-    async with client.open_store(status.etcd) as store:
-        await readiness.initialise(store, LIMIT)
-    return made
+    with machine("bare") as made:
+        yield made
 
 
 def configure(bare: Cluster, **changes: object) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from tests.support.certificates import Authority, Identity
+
 HEALTHY_WITHIN = 30.0
 
 # Below the kernel's ephemeral range, so that no client's own port is ever in the way.
@@ -54,6 +56,16 @@ class Etcd:
     @property
     def peer_url(self) -> str:
         return f"http://127.0.0.1:{self.peer_port}"
+
+    def secured(self, own: Identity, authority: Authority) -> str:
+        """Have it serve clients with certificates over TLS, too; the URL.  Before `start`."""
+        secure = f"https://127.0.0.1:{free_port()}"
+        self.flags = (
+            "--listen-client-urls", f"{self.url},{secure}", "--advertise-client-urls", secure,
+            "--cert-file", own.certificate, "--key-file", own.key,
+            "--trusted-ca-file", authority.certificate, "--client-cert-auth",
+        )  # fmt: skip
+        return secure
 
     def start(self) -> None:
         """Start, or start again on the same data and ports."""
