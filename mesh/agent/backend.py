@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
-from mesh.dataplane import command, host, nfmessages, nftables
+from mesh.dataplane import command, host, nfmessages, nfretire, nftables
 from mesh.dataplane.iptables import IptablesDriver
 from mesh.dataplane.nfnetlink import INET, Socket
 from mesh.dataplane.nftables import NftablesDriver
@@ -156,8 +156,11 @@ async def read_present(parameters: Parameters) -> Elements:
 
 
 async def read_others(kept: Driver, parameters: Parameters) -> Elements:
-    """What backends other than `kept` hold on this host; of one that is damaged, nothing."""
-    return await _read(parameters, frozenset((kept.name,)))
+    """What backends other than `kept` hold on this host, or its own program before this one; of
+    one that is damaged, nothing.
+    """
+    found = await _read(parameters, frozenset((kept.name,)))
+    return found | kept.predecessor() if isinstance(kept, NftablesDriver) else found
 
 
 async def _read(parameters: Parameters, kept: Container[str]) -> Elements:
@@ -183,9 +186,10 @@ async def retire_others(kept: Driver, parameters: Parameters) -> None:
     Both may be there at once: the first to translate a connection settles it.
     """
     with closing(Socket()) as netlink:
-        if kept.name != NftablesDriver.name and (INET, nfmessages.TABLE) in _tables(netlink):
-            await nftables.retire(netlink)
-            log.info("backend=nftables removed, %s forwards", kept.name)
+        ours = {(INET, nfmessages.TABLE), (INET, nfretire.STAND_IN)}
+        for _, name in ours & set(_tables(netlink)) if kept.name != NftablesDriver.name else ():
+            await nfretire.retire(netlink, name)
+            log.info("backend=nftables table=%s removed, %s forwards", name, kept.name)
     for driver in await _iptables_present(parameters):
         if driver.name == kept.name:
             continue
@@ -200,7 +204,7 @@ async def retire_others(kept: Driver, parameters: Parameters) -> None:
 async def remove_all(devices: Devices) -> None:
     """Take the rules of every backend off this host.  Raises CommandFailed or HostNotReady."""
     with closing(Socket()) as netlink:
-        nftables.remove_tables(netlink)
+        nfretire.remove(netlink)
     await remove_iptables(anybody(devices))
 
 

@@ -168,10 +168,10 @@ def delete_table(family: int, name: str = TABLE) -> Message:
     return Message(_DELTABLE, 0, generic(family) + text(1, name))
 
 
-def sleep_table(family: int) -> Message:
-    """The message that makes our table dormant: whole, but no packet goes there."""
+def sleep_table(family: int, name: str = TABLE) -> Message:
+    """The message that makes a table dormant: whole, but no packet goes there."""
     dormant = attribute(2, struct.pack(">I", 1))
-    return Message(_NEWTABLE, 0, generic(family) + text(1, TABLE) + dormant)
+    return Message(_NEWTABLE, 0, generic(family) + text(1, name) + dormant)
 
 
 def read_elements(socket: Socket, names: Iterable[str]) -> Elements:

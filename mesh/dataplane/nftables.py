@@ -12,11 +12,12 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-from mesh.dataplane import command, nfchange, nfmessages, nfwatch
+from mesh.dataplane import command, nfchange, nfmessages, nfretire, nfwatch
 from mesh.dataplane.nfmessages import TABLE, additions, removals
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
 from mesh.dataplane.protocol import Examined, Tampering
+from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.rules import elements, marks, nft, nft_intact, program
 from mesh.rules.nft_intact import Loaded, Seen
@@ -37,9 +38,6 @@ _log = logging.getLogger(__name__)
 _RECREATE: Final = "table inet mesh\ndelete table inet mesh\n"
 _UPGRADE: Final = "flush table inet mesh\n"
 _STATIC: Final = ("own4", "own6", "closed4", "closed6", "sizes")
-_IN_FLIGHT_SECONDS: Final = 0.05
-"""A packet that has entered a chain has left it by then."""
-
 _IN_LOOP: Final = 500
 """Elements that are packed and committed within the event loop: about 5 ms at most."""
 
@@ -56,6 +54,7 @@ class NftablesDriver:
         self._socket = Socket()
         self._sizes: frozenset[int] = frozenset()
         self._attached = False
+        self._waiting: Elements | None = None
         self._lock = asyncio.Lock()
         self._watch: Watch | None = None
         self._own: set[int] = set()
@@ -69,8 +68,9 @@ class NftablesDriver:
         """Load the program, or adopt the one that is loaded.  Raises CommandFailed.
 
         The same program, untouched by anybody: left alone.  Another version, or a damaged one:
-        replaced in place, which keeps all elements and loses no packet.  Other sets, or none:
-        loaded without elements, and `attach` has yet to lead packets there.
+        replaced in place, which keeps all elements and loses no packet.  None, or other bits of
+        marks: loaded without elements, and `attach` has yet to lead packets there.  Other sets:
+        what is there goes on until `attach` puts another in its place, with all that it holds.
         """
         async with self._lock:
             with _reading():
@@ -78,8 +78,12 @@ class NftablesDriver:
                 loaded, witness, sizes = self._loaded(), self._witness(), self._dispatched()
                 there = nfmessages.chains(self._socket, INET).keys()
             self._attached = bool(there & self._program.base_chains)
+            self._waiting = None
             if loaded.schema != self._program.schema:
-                await self._create()
+                if self._attached and layout(self._socket) == self._layout:
+                    self._waiting = {}
+                else:
+                    await self._create()
             elif (loaded.version, loaded.witness) != (self._program.version, witness):
                 await self._replace((sizes | self._in_use()) - program.static_sizes(self._layout))
             else:
@@ -91,10 +95,39 @@ class NftablesDriver:
     async def attach(self) -> None:
         """Load the chains that packets enter by, all at once.  Raises CommandFailed."""
         async with self._lock:
+            if self._waiting is not None:
+                await self._succeed(self._waiting)
+                self._waiting = None
             if not self._attached:
                 await self._extend(self._program.hooks)
                 self._attached = True
                 _log.info("nftables program=attached")
+            await nfretire.retire(self._socket, nfretire.STAND_IN)
+
+    async def _succeed(self, found: Elements) -> None:
+        """Put this program in the place of one with other sets.  Raises CommandFailed, ApplyFailed.
+
+        A table of another name stands in meanwhile; where that is too large for the rights that
+        this host gives, nothing does.
+        """
+        sizes = nft.sizes(found, self._layout) - program.static_sizes(self._layout)
+        more = program.size_chains(sizes, self._layout) + elements.additions(found)
+        try:
+            await self._nft(nfretire.for_stand_in(_RECREATE + self._program.inet + more))
+        except CommandFailed as error:
+            _log.warning("nftables program=unserved error=%r", str(error))
+        else:
+            await nfretire.retire(self._socket)
+        await self._create()
+        await self._apply(Delta({}, found))
+
+    def predecessor(self) -> Elements:
+        """The frontends of a program that `attach` will put another in the place of."""
+        found: Elements = {}
+        for name in elements.FRONTENDS if self._waiting is not None else ():
+            with contextlib.suppress(OSError):
+                found |= nfmessages.read_elements(self._socket, [name])
+        return found
 
     async def _create(self) -> None:
         self._attached = False
@@ -180,6 +213,8 @@ class NftablesDriver:
     async def read(self) -> Elements:
         """Every element of every set of services.  Raises NotFound if the program is gone."""
         async with self._lock:
+            if self._waiting is not None:
+                return dict(self._waiting)
             with _reading():
                 return await asyncio.to_thread(
                     nfmessages.read_elements, self._socket, elements.SETS
@@ -188,6 +223,8 @@ class NftablesDriver:
     async def read_some(self, keys: Iterable[ElementKey]) -> Elements:
         """See Driver.read_some.  Of a program that is gone, there is none."""
         async with self._lock:
+            if self._waiting is not None:
+                return {key: self._waiting[key] for key in keys if key in self._waiting}
             with _reading():
                 return nfmessages.read_some(self._socket, keys)
 
@@ -223,13 +260,20 @@ class NftablesDriver:
         read the old mark on another processor would not find them, and be lost.
         """
         async with self._lock:
-            missing = nft.sizes(delta.add, self._layout) - self._sizes
-            if missing:
-                await self._add_sizes(missing)
-            if len(delta) <= _IN_LOOP:
-                self._change(delta)
+            if self._waiting is not None:
+                kept = {k: v for k, v in self._waiting.items() if k not in delta.remove}
+                self._waiting = kept | delta.add
             else:
-                await asyncio.to_thread(self._change, delta)
+                await self._apply(delta)
+
+    async def _apply(self, delta: ElementDelta) -> None:
+        missing = nft.sizes(delta.add, self._layout) - self._sizes
+        if missing:
+            await self._add_sizes(missing)
+        if len(delta) <= _IN_LOOP:
+            self._change(delta)
+        else:
+            await asyncio.to_thread(self._change, delta)
 
     def _change(self, delta: ElementDelta) -> None:
         now, orphans = nfchange.packed(delta)
@@ -306,7 +350,8 @@ class NftablesDriver:
     async def remove(self) -> None:
         """Delete our tables, and nobody else's."""
         async with self._lock:
-            remove_tables(self._socket)
+            self._waiting = None
+            nfretire.remove(self._socket)
 
     def close(self) -> None:
         """Close the sockets; the kernel keeps forwarding."""
@@ -334,29 +379,6 @@ def layout(netlink: Socket) -> Layout | None:
             with contextlib.suppress(ValueError):
                 return marks.Layout.of(packet_mark, ct_mark)
     return None
-
-
-async def retire(netlink: Socket) -> None:
-    """Delete `table inet mesh` while another backend takes over.  Raises HostNotReady.
-
-    Dormant first: a packet that is still in one of its chains would miss in maps that go at once
-    with the table, or with a rule, and be dropped.
-    """
-    netlink.transact([nfmessages.sleep_table(INET)])
-    await asyncio.sleep(_IN_FLIGHT_SECONDS)
-    remove_tables(netlink, (INET,))
-
-
-def remove_tables(netlink: Socket, families: Iterable[int] = (INET, BRIDGE)) -> None:
-    """Delete our tables, if they are there.  Raises HostNotReady."""
-    for family in families:
-        try:
-            netlink.transact([nfmessages.delete_table(family)])
-        except Refused as refused:
-            if refused.errno != errno.ENOENT:
-                raise HostNotReady(
-                    f"nftables cannot delete table mesh: {refused.strerror}"
-                ) from None
 
 
 @contextlib.contextmanager

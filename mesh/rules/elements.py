@@ -161,10 +161,23 @@ def _show(parts: tuple[Part, ...], data: bytes) -> str:
     return " . ".join(shown)
 
 
+def additions(found: Elements) -> str:
+    """The lines that add elements to the table, as nft reads them."""
+    listed: dict[str, list[str]] = {}
+    for (name, key), data in found.items():
+        listed.setdefault(name, []).append(_shown(SETS[name], key, data))
+    return "".join(
+        f"add element inet mesh {name} {{ {', '.join(each)} }}\n" for name, each in listed.items()
+    )
+
+
 def describe(key: ElementKey, data: bytes | None = None) -> str:
     """An element as nft would print it: "vips4 { 10.1.0.1 . tcp . 80 : 0x10c03 }"."""
-    spec = SETS[key[0]]
-    shown = _show(spec.key, key[1])
+    return f"{key[0]} {{ {_shown(SETS[key[0]], key[1], data)} }}"
+
+
+def _shown(spec: SetSpec, key: bytes, data: bytes | None) -> str:
+    shown = _show(spec.key, key)
     if spec.data and data is not None:
         shown += f" : {_show(spec.data, data)}"
-    return f"{spec.name} {{ {shown} }}"
+    return shown

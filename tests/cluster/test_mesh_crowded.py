@@ -7,6 +7,7 @@ One lab of two nodes; the first one's agent starts again and again.
 from __future__ import annotations
 
 import asyncio
+from itertools import product
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -84,10 +85,16 @@ def everything(mesh: Cluster) -> list[Ask]:
     return asks + [one for one in crowd if one.protocol is Protocol.TCP]
 
 
-def _pretend_to_be_older(world: World) -> None:
-    """Let the agent find a program of another version than its own."""
+OWN, OLDER, STRANGER = "own rules", "of another version", "with other sets"
+
+
+def _pretend(world: World, found: str) -> None:
+    """Let the agent find a program that is not its own."""
+    if found == OWN:
+        return
     if world.backend == "nftables":
-        for verb, element in (("delete", "1"), ("add", "1 : 7")):
+        key = "1" if found == OLDER else "0"
+        for verb, element in (("delete", key), ("add", f"{key} : 7")):
             world.mesh.sh(NODE, "nft", f"{verb} element inet mesh fingerprint {{ {element} }}")
         return
     flavour = world.backend.partition("-")[2]
@@ -96,10 +103,11 @@ def _pretend_to_be_older(world: World) -> None:
         world.mesh.sh(NODE, f"{program}-{flavour}", "-w", "-t", "nat", *rule)
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["own rules", "of another version"])
-@pytest.mark.parametrize("backend", drivers.KERNEL)
+@pytest.mark.parametrize(
+    ("backend", "found"), [*product(drivers.KERNEL, (OWN, OLDER)), ("nftables", STRANGER)]
+)
 async def test_no_connection_fails_when_an_agent_starts(
-    world: World, backend: str, older: bool
+    world: World, backend: str, found: str
 ) -> None:
     mesh, asks = world.mesh, everything(world.mesh)
     if world.backend != backend:
@@ -109,8 +117,7 @@ async def test_no_connection_fails_when_an_agent_starts(
     async with held(world.lasting(asks)) as first, stream(asks, 0.003) as traffic:
         await traffic.more(CYCLE)
         await mesh.kill(NODE)
-        if older:
-            _pretend_to_be_older(world)
+        _pretend(world, found)
         await mesh.start_again(NODE)
         await mesh.settled()
         await traffic.more(CYCLE)

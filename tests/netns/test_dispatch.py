@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from mesh.dataplane import command
 from mesh.delta import Delta
 from mesh.model.address import FAMILIES, Family, nth
 from mesh.model.publish import Protocol
@@ -254,7 +255,22 @@ async def _program_is_replaced(world: OneNode) -> None:
         driver.close()
 
 
-@pytest.mark.parametrize("churn", [_pools_change, _program_is_replaced])
+async def _program_has_other_sets(world: OneNode) -> None:
+    """A program that cannot be replaced in place; of iptables there is none."""
+    if world.driver.name != "nftables":
+        await _program_is_replaced(world)
+        return
+    held = await world.driver.read()
+    for verb, element in (("delete", "0"), ("add", "0 : 7")):
+        await command.run("nft", f"{verb} element inet mesh fingerprint {{ {element} }}")
+    driver = drivers.make(world.driver.name, rules.PARAMETERS)
+    await driver.prepare()
+    await driver.apply(Delta({}, held))
+    await driver.attach()
+    driver.close()
+
+
+@pytest.mark.parametrize("churn", [_pools_change, _program_is_replaced, _program_has_other_sets])
 def test_changes_lose_no_connection(
     world: OneNode, churn: Callable[[OneNode], Coroutine[Any, Any, None]]
 ) -> None:

@@ -98,13 +98,33 @@ async def test_another_version_replaces_the_program_and_keeps_the_elements(
     second.close()
 
 
-async def test_a_program_with_other_sets_is_created_anew(driver: NftablesDriver) -> None:
+async def test_a_program_without_a_fingerprint_is_created_anew(driver: NftablesDriver) -> None:
     rules.nft("delete element inet mesh fingerprint { 0 }")
     second = NftablesDriver(rules.PARAMETERS)
 
     await second.prepare()
 
     assert await second.read() == {}
+    second.close()
+
+
+async def test_a_program_with_other_sets_goes_on_until_its_successor_is_whole(
+    driver: NftablesDriver,
+) -> None:
+    whole = ruleset()
+    rules.nft("delete element inet mesh fingerprint { 0 }")
+    rules.nft("add element inet mesh fingerprint { 0 : 7 }; add set inet mesh old { type mark; }")
+    before = ruleset()
+    second = NftablesDriver(rules.PARAMETERS)
+
+    await second.prepare()
+    await second.apply(Delta(add=SERVICE))
+    meanwhile = ruleset(), await second.read(), second.predecessor().items() <= SERVICE.items()
+    await second.attach()
+
+    assert meanwhile == (before, SERVICE, True)
+    assert await second.read() == SERVICE
+    assert ruleset() == whole
     second.close()
 
 
@@ -180,17 +200,40 @@ async def test_changes_are_heard_with_who_made_them(driver: NftablesDriver) -> N
     watch.close()
 
 
-async def test_a_kernel_without_bridge_tables_is_still_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def refusing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nft refuse whatever contains a text."""
     fake = tmp_path / "nft"
     fake.write_text(
         "#!/bin/sh\ntext=$(cat)\ncase $text in\n"
-        '*"table bridge"*) echo "Error: Operation not supported" >&2; exit 1;;\nesac\n'
+        f'*"{text}"*) echo "Error: Operation not supported" >&2; exit 1;;\nesac\n'
         f'printf "%s\\n" "$text" | PATH={os.environ["PATH"]} exec nft "$@"\n'
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+async def test_a_successor_too_large_for_one_transaction_is_loaded_in_parts(
+    driver: NftablesDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ruleset()
+    rules.nft("delete element inet mesh fingerprint { 0 }")
+    rules.nft("add element inet mesh fingerprint { 0 : 7 }")
+    refusing("element inet mesh targets4", tmp_path, monkeypatch)
+    second = NftablesDriver(rules.PARAMETERS)
+
+    await second.prepare()
+    await second.apply(Delta(add=SERVICE))
+    await second.attach()
+
+    assert await second.read() == SERVICE
+    assert ruleset() == whole
+    second.close()
+
+
+async def test_a_kernel_without_bridge_tables_is_still_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing("table bridge", tmp_path, monkeypatch)
     driver = NftablesDriver(rules.PARAMETERS)
 
     with caplog.at_level(logging.WARNING):
