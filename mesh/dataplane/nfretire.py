@@ -17,7 +17,7 @@ from mesh.errors import HostNotReady
 if TYPE_CHECKING:
     from mesh.dataplane.nfnetlink import Socket
 
-STAND_IN: Final = f"{nfmessages.TABLE}_stand_in"
+STAND_IN: Final = f"{nfmessages.TABLE}-stand-in"
 
 _IN_FLIGHT_SECONDS: Final = 0.05
 """A packet that has entered a chain has left it by then."""
