@@ -12,15 +12,17 @@ import logging
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend, remark
+from mesh.agent import remark
 from mesh.agent.network import Network
 from mesh.agent.published import Published
 from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
-from mesh.agent.state import KINDS, State, Touched
+from mesh.agent.state import KINDS, State
 from mesh.controller import lead
 from mesh.dataplane.firewall import Mode
 from mesh.dataplane.linkwatch import LinkWatch
+from mesh.engine import backend
+from mesh.engine.desired import Touched
 from mesh.errors import HostNotReady, StoreUnavailable
 from mesh.model.cluster import Cluster, NodeNetwork
 from mesh.model.node import Role

@@ -11,11 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend, etcd, lock, predecessor, remark
+from mesh.agent import etcd, lock, predecessor, remark
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, sysctl, xttidy
 from mesh.dataplane.firewall import Firewall
+from mesh.engine import backend
 from mesh.errors import StoreUnavailable
 from mesh.rules.program import Devices
 from mesh.store import schema

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent.healing import Repair
+from mesh.engine.healing import Repair
 from mesh.model import address
 from mesh.model.address import FAMILIES
 from mesh.model.node import split_endpoint

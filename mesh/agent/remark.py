@@ -13,11 +13,11 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mesh.agent import backend
 from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall, Mode
 from mesh.dataplane.hold import Held, Hold
 from mesh.delta import Delta
+from mesh.engine import backend
 from mesh.errors import ApplyFailed, MeshError
 from mesh.rules.needs import Wanted
 from mesh.rules.remark import Remark

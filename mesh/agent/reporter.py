@@ -16,8 +16,8 @@ from mesh.store import schema
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mesh.agent.backend import Chosen
     from mesh.agent.rules import Rules
+    from mesh.engine.backend import Chosen
     from mesh.store.protocol import Store
 
 log = logging.getLogger(__name__)

@@ -12,23 +12,25 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend
-from mesh.agent.flows import Flows
-from mesh.agent.healing import SOMEBODY, WINDOW, History
 from mesh.agent.neighbours import Neighbours
-from mesh.agent.reconciler import Reconciler
+from mesh.agent.planner import Plans
 from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall
+from mesh.engine import backend
+from mesh.engine.flows import Flows
+from mesh.engine.healing import SOMEBODY, WINDOW, History
+from mesh.engine.reconciler import Reconciler
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.model.report import Healings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from mesh.agent.backend import Chosen
-    from mesh.agent.healing import Repair
-    from mesh.agent.state import State, Touched
+    from mesh.agent.state import State
     from mesh.dataplane.firewall import Mode
+    from mesh.engine.backend import Chosen
+    from mesh.engine.desired import Touched
+    from mesh.engine.healing import Repair
     from mesh.model.report import Problem
     from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
@@ -58,7 +60,7 @@ class Rules:
         flavour = chosen.driver.name.removeprefix("iptables-")
         self._firewall = Firewall(chosen.driver.port, flavour, mode)
         self._neighbours = Neighbours(state, self._firewall, told, self._healed)
-        self._reconciler = Reconciler(state, self._driver, self._flows.written, layout)
+        self._reconciler = Reconciler(Plans(state), self._driver, self._flows.written, layout)
         self._history = History()
         self._news = asyncio.Event()
         self._struggle: tuple[Problem, ...] = ()

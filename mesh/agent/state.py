@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
 from mesh.hostports.ports import HostPorts
 from mesh.model import address
@@ -37,13 +38,6 @@ V = TypeVar("V")
 
 KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "health/")
 """What an agent follows; reports of other agents would only wake it for nothing."""
-
-
-class Touched(NamedTuple):
-    """What an event may have changed: these services, and perhaps the set of nodes."""
-
-    services: frozenset[str]
-    nodes: bool
 
 
 class Entry(NamedTuple):

@@ -20,8 +20,8 @@ from mesh.model.address import Family
 from mesh.rules import xtables
 
 if TYPE_CHECKING:
-    from mesh.agent.reconciler import Reconciler
     from mesh.dataplane.protocol import Driver, ElementDelta
+    from mesh.engine.reconciler import Reconciler
     from mesh.rules.elements import Elements
 
 AMOUNTS: Final = (1, 100)

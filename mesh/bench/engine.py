@@ -11,11 +11,12 @@ import gc
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from mesh.agent.reconciler import Reconciler
+from mesh.agent.planner import Plans
 from mesh.agent.state import State
 from mesh.bench import backends, drift, figures, isolated, names, records
 from mesh.bench.progress import tell
 from mesh.delta import Delta
+from mesh.engine.reconciler import Reconciler
 from mesh.model import address
 from mesh.rules import marks
 from mesh.store.protocol import Changes
@@ -51,7 +52,7 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     say("installing")
     driver = backends.driver(backend)
     state = State(records.KEYS, "n1")
-    reconciler = Reconciler(state, driver, lambda _delta: None, marks.DEFAULT)
+    reconciler = Reconciler(Plans(state), driver, lambda _delta: None, marks.DEFAULT)
     clock = _Clock(state, reconciler, services)
     await driver.prepare()
     state.apply(records.everything(services))

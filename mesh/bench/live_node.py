@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from mesh.agent import config, etcd
-from mesh.agent.backend import remove_all
 from mesh.bench import records
 from mesh.dataplane.nfwatch import Watch
+from mesh.engine.backend import remove_all
 from mesh.errors import MeshError
 from mesh.lab import environment
 from mesh.model.allocation import VipAllocation

@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent.reconciler import Reconciler
+from mesh.agent.planner import Plans
 from mesh.agent.state import State
 from mesh.bench import backends, kubeproxy, names, records, topology
 from mesh.bench.names import KUBE_PROXY
+from mesh.engine.reconciler import Reconciler
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.rules import marks
@@ -119,7 +120,7 @@ async def _install(backend: str, services: int) -> float:
     driver = backends.driver(backend)
     try:
         state = State(records.KEYS, "n1")
-        reconciler = Reconciler(state, driver, lambda _delta: None, marks.DEFAULT)
+        reconciler = Reconciler(Plans(state), driver, lambda _delta: None, marks.DEFAULT)
         state.apply(records.everything(services, records.LOCAL))
         began = time.perf_counter()
         await driver.prepare()

@@ -18,6 +18,7 @@ from mesh import errors
 from mesh.agent import config, planner, state
 from mesh.cli import options, world
 from mesh.delta import Delta
+from mesh.engine.desired import Touched
 from mesh.model.link import DeviceNames
 from mesh.model.report import Applied, Problem
 from mesh.rules import dump, nft
@@ -121,7 +122,7 @@ async def _read(session: Session, name: str, here: AgentConfig | None, asked: st
     world.cluster(session)
     known = state.State(session.keys, name)
     known.apply(await session.store.list(f"{session.keys.prefix}/"))
-    known.settle(state.Touched(frozenset(), nodes=False))
+    known.settle(Touched(frozenset(), nodes=False))
     node, peers = known.node_view(), known.peers()
     if node is None or name not in peers:
         raise errors.NotFound(
@@ -147,7 +148,7 @@ async def _read(session: Session, name: str, here: AgentConfig | None, asked: st
 
 async def _reported(session: Session, name: str) -> str | None:
     """The backend that the node's agent says it drives."""
-    from mesh.agent import backend
+    from mesh.engine import backend
 
     key = session.keys.applied(name)
     item = await session.store.get(key)
@@ -162,7 +163,7 @@ async def _kernel(
     configured: str, reported: str | None, parameters: Parameters, asked: str
 ) -> _Host:
     """What this host's kernel holds: of the backend that forwards, or of the one asked for."""
-    from mesh.agent import backend
+    from mesh.engine import backend
 
     name = asked or reported or configured
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mesh.agent import backend
 from mesh.dataplane import foreign as others
 from mesh.dataplane.link import LinkDriver
 from mesh.doctor import check, foreign, host, rules
+from mesh.engine import backend
 from mesh.errors import HostNotReady, MeshError
 from mesh.model.link import Device
 from mesh.wg import device

@@ -7,13 +7,13 @@ import os
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import backend
 from mesh.containers import listening
 from mesh.dataplane import features, host, nfmessages, witness
 from mesh.dataplane.nfnetlink import BRIDGE, Socket
 from mesh.delta import Delta
 from mesh.doctor import check
 from mesh.doctor.check import AS_ROOT
+from mesh.engine import backend
 from mesh.errors import CommandFailed, HostNotReady, MeshError, NotFound
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity

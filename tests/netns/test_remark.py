@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.agent import backend
 from mesh.agent import remark as agent_remark
 from mesh.dataplane import command
 from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall
 from mesh.dataplane.hold import TABLE, Held, Hold
 from mesh.delta import Delta
+from mesh.engine import backend
 from mesh.errors import HostNotReady, MeshError
 from mesh.model.publish import Protocol
 from mesh.rules import nft
@@ -31,7 +31,7 @@ from tests.support.namespaces import run
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mesh.agent.backend import Chosen
+    from mesh.engine.backend import Chosen
     from mesh.rules.elements import Elements
 
 pytestmark = pytest.mark.netns

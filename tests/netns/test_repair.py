@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mesh.agent.healing import Repair
-from mesh.agent.reconciler import Reconciler
+from mesh.agent.planner import Plans
 from mesh.agent.state import State
 from mesh.dataplane.nftables import NftablesDriver
+from mesh.engine.healing import Repair
+from mesh.engine.reconciler import Reconciler
 from mesh.rules import marks
 from tests.support import records, rules
 from tests.support.records import KEYS
@@ -48,7 +49,7 @@ async def reconciler(driver: NftablesDriver) -> Reconciler:
     found |= records.vip("web", 1) | records.ingress("web", 8080, 80)
     state = State(KEYS, "n1")
     state.apply(records.snapshot(found))
-    made = Reconciler(state, driver, lambda _delta: None, marks.DEFAULT)
+    made = Reconciler(Plans(state), driver, lambda _delta: None, marks.DEFAULT)
     await made.start({})
     made.repaired()
     return made

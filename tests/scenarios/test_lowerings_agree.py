@@ -16,10 +16,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mesh.agent.reconciler import Reconciler
+from mesh.agent.planner import Plans
 from mesh.agent.state import State
 from mesh.dataplane.memory import MemoryDriver
 from mesh.delta import Delta
+from mesh.engine.reconciler import Reconciler
 from mesh.model.address import FAMILIES, Family, contains, family_of
 from mesh.model.publish import Protocol, PublishMode
 from mesh.model.service import Affinity, Prefer, Source
@@ -70,7 +71,7 @@ async def _live(
     kernel, state = Kernel(), State(KEYS, f"n{HERE}")
     await kernel.prepare()
     state.apply(first.snapshot())
-    reconciler = Reconciler(state, kernel, lambda _delta: None, layout)
+    reconciler = Reconciler(Plans(state), kernel, lambda _delta: None, layout)
     await reconciler.start({})
     found = [(kernel.changes, await kernel.read())]
     for world in others:

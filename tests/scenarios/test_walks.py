@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.agent.reconciler import Reconciler
-from mesh.agent.state import State, Touched
+from mesh.agent.planner import Plans
+from mesh.agent.state import State
 from mesh.dataplane.memory import MemoryDriver
 from mesh.delta import Delta
+from mesh.engine.desired import Touched
+from mesh.engine.reconciler import Reconciler
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
 from mesh.rules import marks, trace
@@ -46,7 +48,9 @@ class Node:
         self.state = State(KEYS, self.name)
         self.state.apply(snapshot)
         await self.driver.prepare()
-        self.reconciler = Reconciler(self.state, self.driver, lambda _delta: None, marks.DEFAULT)
+        self.reconciler = Reconciler(
+            Plans(self.state), self.driver, lambda _delta: None, marks.DEFAULT
+        )
         await self.reconciler.start({})
 
     def hear(self, changes: list[Change]) -> Touched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.agent import backend
+from mesh.engine import backend
 
 NFT, LEGACY, XT_NFT = "nftables", "iptables-legacy", "iptables-nft"
 

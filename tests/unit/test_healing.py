@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.agent.healing import SOMEBODY, WINDOW, History, Repair
+from mesh.engine.healing import SOMEBODY, WINDOW, History, Repair
 from mesh.model.report import Healed, Healings
 
 NOW = 1_767_323_045.0  # 2026-01-02T03:04:05Z

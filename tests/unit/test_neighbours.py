@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mesh.agent.healing import Repair
 from mesh.agent.neighbours import Neighbours
 from mesh.agent.state import State
 from mesh.dataplane.firewall import Firewall
+from mesh.engine.healing import Repair
 from mesh.model.address import Family
 from mesh.model.report import Problem
 from tests.support import records, rules

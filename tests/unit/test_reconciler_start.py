@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mesh.agent.reconciler import Reconciler
+from mesh.agent.planner import Plans
 from mesh.agent.state import State
 from mesh.dataplane.memory import MemoryDriver
+from mesh.engine.reconciler import Reconciler
 from mesh.errors import ApplyFailed, NotFound
 from mesh.rules import marks
 from tests.support import records
@@ -59,7 +60,7 @@ def a_state(services: range = SERVICES) -> State:
 
 async def started(kernel: Kernel, state: State, before: Elements | None = None) -> Reconciler:
     await kernel.prepare()
-    made = Reconciler(state, kernel, lambda _delta: None, marks.DEFAULT)
+    made = Reconciler(Plans(state), kernel, lambda _delta: None, marks.DEFAULT)
     await made.start(before or {})
     return made
 
@@ -101,7 +102,7 @@ async def test_a_start_whose_kernel_was_emptied_is_healed_whole() -> None:
     kernel, whole = Kernel(), Kernel()
     await started(whole, a_state())
     await kernel.prepare()
-    reconciler = Reconciler(a_state(), kernel, lambda _delta: None, marks.DEFAULT)
+    reconciler = Reconciler(Plans(a_state()), kernel, lambda _delta: None, marks.DEFAULT)
     kernel.failing = [NotFound("the table is gone")]
     with pytest.raises(NotFound):
         await reconciler.start({})

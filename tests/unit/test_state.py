@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.agent.state import State, Touched
+from mesh.agent.state import State
+from mesh.engine.desired import Touched
 from tests.support import records
 from tests.support.records import KEYS
 

@@ -10,9 +10,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from mesh.agent import planner
-from mesh.agent.healing import Repair
 from mesh.delta import Delta
+from mesh.engine.healing import Repair
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
@@ -23,8 +22,8 @@ from mesh.rules.ledger import Ledger
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from mesh.agent.state import State, Touched
     from mesh.dataplane.protocol import Driver, ElementDelta
+    from mesh.engine.desired import Desired, Touched
     from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.marks import Layout
 
@@ -42,14 +41,14 @@ class Reconciler:
     `written` is told every change that the kernel has taken.
     """
 
-    def __init__(self, state: State, driver: Driver, written: Written, layout: Layout) -> None:
-        self._state = state
+    def __init__(self, desired: Desired, driver: Driver, written: Written, layout: Layout) -> None:
+        self._desired = desired
         self._driver = driver
         self._written = written
         self._ids = Ids(layout)
         self._ledger = Ledger()
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
-        self._pools: dict[str, tuple[str, ...]] = {}
+        self._pools: dict[str, Collection[str]] = {}
         self._failed: dict[str, Problem] = {}
         self._staged = False
         self._repaired = Repair()
@@ -65,14 +64,11 @@ class Reconciler:
         they did not before: nobody is refused for a service that is yet to come.
         """
         actual = await self._driver.read()
-        node = self._state.node_view()
-        assert node is not None, "start() comes after this node has its number"
-        names = sorted(self._state.services())
+        names = sorted(self._desired.services())
         known = before | actual
         if known:
-            for view in map(self._state.service_view, names):
-                if view is not None:
-                    nft.adopt(planner.plan(view, node), known, self._ids)
+            for name in names:
+                nft.adopt(self._desired.forwardings(name), known, self._ids)
         log.info("adopting services=%d elements=%d", len(names), len(actual))
         try:
             written = await self._take_over(actual, names)
@@ -112,7 +108,7 @@ class Reconciler:
         """
         async with self._writing:
             if not self._staged:
-                self._stage(sorted(self._state.services()), nodes=True)
+                self._stage(sorted(self._desired.services()), nodes=True)
                 self._staged = True
             await self._resync(Delta())
 
@@ -179,22 +175,16 @@ class Reconciler:
         self._looked_at = ("", {})
         wanted = {name: self._lower(name) for name in services}
         if nodes:
-            wanted[_NODES] = planner.lower_nodes(
-                self._state.peers(), self._state.node, self._ids.layout
-            )
+            wanted[_NODES] = self._desired.lower_nodes(self._ids.layout)
         return self._ledger.stage(wanted)
 
     def _lower(self, name: str) -> Elements:
-        view, node = self._state.service_view(name), self._state.node_view()
-        found: Elements = {}
-        pools: set[str] = set()
-        if view is not None and node is not None:
-            found, pools = planner.lower(view, node, self._ids)
+        found, pools = self._desired.lower(name, self._ids)
         for key in self._pools.pop(name, ()):
             if key not in pools:
                 self._ids.release(key)
         if pools:
-            self._pools[name] = tuple(pools)
+            self._pools[name] = pools
         return found
 
     async def _apply(self, delta: ElementDelta) -> None:
@@ -234,7 +224,7 @@ class Reconciler:
         """One owner at a time, so that a record the kernel refuses disturbs nobody else."""
         actual = await self._driver.read()
         await self._driver.apply(Delta(_without(actual, self._ledger.elements()), {}))
-        for owner in (_NODES, *sorted(self._state.services())):
+        for owner in (_NODES, *sorted(self._desired.services())):
             held = self._ledger.held_by(owner)
             missing = _without(held, actual)
             try:
