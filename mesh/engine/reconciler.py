@@ -141,7 +141,9 @@ class Reconciler:
         """Plan the touched services again and write what differs."""
         async with self._writing:
             delta = self._stage(touched.services, nodes=touched.nodes)
-            if delta:
+            if self._is_refused(touched):  # what it has in the kernel is not what the ledger says
+                await self._resync(delta)
+            elif delta:
                 await self._apply(delta)
 
     def held(self, number: int) -> Elements:
@@ -193,8 +195,10 @@ class Reconciler:
         except ApplyFailed as error:
             log.warning("apply failed, reading the kernel back: %s", error)
             await self._resync(delta)
-        else:
-            self._failed.clear()
+
+    def _is_refused(self, touched: Touched) -> bool:
+        owners = touched.services | {_NODES} if touched.nodes else touched.services
+        return not self._failed.keys().isdisjoint(owners)
 
     async def _write(self, delta: ElementDelta) -> None:
         await self._driver.apply(delta)
