@@ -5,8 +5,8 @@ One lab of two nodes; every test leaves it as it found it.
 
 from __future__ import annotations
 
-import asyncio
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -43,6 +43,11 @@ async def published(mesh: Cluster, node: str, task: str, count: int = len(SPOKEN
     """Wait until the record of a task has as many ports."""
     await until(lambda: len(numbers(mesh, node, task)) == count, f"record of {task} on {node}")
     return numbers(mesh, node, task)
+
+
+def objects(mesh: Cluster, node: str) -> bool:
+    """Whether a node says that the settings of the cluster are not what they were."""
+    return "/mesh/cluster" in mesh.problems(node)
 
 
 async def withdraw(mesh: Cluster, service: str) -> None:
@@ -111,7 +116,8 @@ async def test_numbers_are_the_same_after_everything_was_restarted_or_lost(mesh:
     }
     settings = mesh.records.get("cluster")
     mesh.records.delete_below("")
-    await asyncio.sleep(1)  # as long as it may take until somebody restores it
+    for node in mesh.nodes:
+        await until(partial(objects, mesh, node.name), f"{node.name} misses its settings")
     for key, record in kept.items():
         mesh.revision = mesh.records.put(key, record)
     mesh.revision = mesh.records.put("cluster", settings)
