@@ -12,6 +12,7 @@ import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from mesh.dataplane import observe
 from mesh.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -45,11 +46,16 @@ async def run(
     thread.  The failing line of `input`, where the program names one, is attached to the error as
     a note.
     """
-    with _stdin(input) as stdin:
-        done = await asyncio.to_thread(_run, argv, stdin, timeout, started)
-    output, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-    if done.returncode:
-        raise _failure(argv, done.returncode, errors or output, input)
+    try:
+        with _stdin(input) as stdin:
+            done = await asyncio.to_thread(_run, argv, stdin, timeout, started)
+        output, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        if done.returncode:
+            raise _failure(argv, done.returncode, errors or output, input)
+    except CommandFailed:
+        observe.tell(argv[0], failed=True)
+        raise
+    observe.tell(argv[0], failed=False)
     return output
 
 

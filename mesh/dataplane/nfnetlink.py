@@ -13,6 +13,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mesh.dataplane import observe
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -20,6 +22,7 @@ INET: Final = 1
 BRIDGE: Final = 7
 CREATE: Final = 0x400
 NFTABLES_GROUP: Final = 7
+CONNTRACK_DESTROY_GROUP: Final = 3
 
 _NETLINK_NETFILTER: Final = 12
 _SUBSYSTEM_NFTABLES: Final = 10
@@ -32,6 +35,7 @@ _NESTED: Final = 0x8000
 _TYPE_MASK: Final = 0x3FFF
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _SO_ATTACH_FILTER: Final = 26
+_SO_MEMINFO: Final = 55
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 
 _SEND_BUFFER: Final = 64 << 20
@@ -146,6 +150,14 @@ class Socket:
         Only what exceeds the send buffer (128 MiB; in a user namespace net.core.wmem_max, about
         7000 elements) is split into several transactions, in order, each atomic for itself.
         """
+        try:
+            self._transact(messages)
+        except OSError:
+            observe.tell("netlink", failed=True)
+            raise
+        observe.tell("netlink", failed=False)
+
+    def _transact(self, messages: Sequence[Message]) -> None:
         start, size = 0, 0
         for index, message in enumerate(messages):
             size += len(message.body) + HEADER_SIZE
@@ -247,6 +259,35 @@ class Socket:
                     return None if interrupted or number else found
                 found.append(answer.body)
 
+    def dumped(self, message: Message) -> Iterator[tuple[memoryview, list[tuple[int, int]]]]:
+        """The answers to a dump request as they come, for those who read a million of them: each
+        datagram, and where its messages begin and end.  Raises OSError.
+
+        What is disturbed is not taken again.  A datagram is there until the next is asked for.
+        """
+        self._next(1)
+        flags, size = message.flags | _REQUEST | _DUMP, len(message.body) + HEADER_SIZE
+        header = _HEADER.pack(size, message.kind, flags, self._seq, self.port)
+        self._socket.send(header + message.body)
+        done = False
+        while not done:
+            try:
+                end = self._socket.recv_into(self._buffer)
+            except BlockingIOError:
+                raise TimeoutError(f"netlink: no answer within {_ANSWER_SECONDS} s") from None
+            found, start = [], 0
+            while start + HEADER_SIZE <= end:
+                length, kind, _, seq, _ = _HEADER.unpack_from(self._buffer, start)
+                if seq == self._seq and kind in (_ERROR, _DONE):
+                    number = -struct.unpack_from("=i", self._buffer, start + HEADER_SIZE)[0]
+                    if number:
+                        raise OSError(number, os.strerror(number))
+                    done = True
+                elif seq == self._seq:
+                    found.append((start, start + length))
+                start += length + 3 & ~3
+            yield self._view, found
+
     def ask(self, message: Message) -> bytes:
         """The body of the one answer to a request that is not a dump.  Raises OSError."""
         self._next(1)
@@ -282,14 +323,24 @@ class Socket:
         """
         # Filters load words in network order; the field is in the host's.
         sender = int.from_bytes(struct.pack("=I", port), "big")
-        program = (ctypes.c_uint8 * 32).from_buffer_copy(
-            struct.pack("=HBBI", 0x20, 0, 0, 12)  # A = nlmsg_pid
-            + struct.pack("=HBBI", 0x15, 0, 1, sender)  # if A is the sender's, next; else skip one
-            + struct.pack("=HBBI", 0x06, 0, 0, 0)  # drop
-            + struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)  # take all of it
+        self.filter(
+            (0x20, 0, 0, 12),  # A = nlmsg_pid
+            (0x15, 0, 1, sender),  # if A is the sender's, next; else skip one
+            (0x06, 0, 0, 0),  # drop
+            (0x06, 0, 0, 0xFFFFFFFF),  # take all of it
         )
-        attached = struct.pack("@HP", 4, ctypes.addressof(program))
+
+    def filter(self, *instructions: tuple[int, int, int, int]) -> None:
+        """Have the kernel judge each datagram first: code, jumps and operand (linux/filter.h)."""
+        packed = b"".join(struct.pack("=HBBI", *each) for each in instructions)
+        program = (ctypes.c_uint8 * len(packed)).from_buffer_copy(packed)
+        attached = struct.pack("@HP", len(instructions), ctypes.addressof(program))
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
+
+    def lost(self) -> int:
+        """How many notifications found no room, since the socket was made (SK_MEMINFO_DROPS)."""
+        told = self._socket.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36)
+        return int(struct.unpack_from("=I", told, 32)[0])
 
     def pending(self) -> list[Answer] | None:
         """Every notification that waits, without blocking; None if some were lost."""
