@@ -40,11 +40,12 @@ class Reporter:
         self._chosen = chosen
         self._rules = rules
         self._wake = asyncio.Event()
-        self._revision = 0
+        self.revision = 0
+        """What the kernel has."""
 
     def applied(self, revision: int) -> None:
         """The kernel now has everything up to `revision`."""
-        self._revision = revision
+        self.revision = revision
         self._wake.set()
 
     def wake(self) -> None:
@@ -77,7 +78,7 @@ class Reporter:
             more = Problem(about="agent", message=f"{len(told) - _MOST} more problems in its log")
             told = [*told[:_MOST], more]
         return Applied(
-            revision=self._revision,
+            revision=self.revision,
             backend=self._chosen.driver.name,
             reason=self._chosen.reason,
             version=__version__,

@@ -16,6 +16,7 @@ from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
 from mesh.model.report import Health, Problem
+from mesh.model.service import Prefer
 from mesh.model.view import IngressPort, NodeView, PeerNode, ServiceView
 from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
@@ -286,6 +287,16 @@ class State:
     def services(self) -> frozenset[str]:
         """Every service that has a readable spec."""
         return frozenset(self._services)
+
+    def local_ingress(self) -> dict[str, frozenset[tuple[int, int]]]:
+        """Of services that answer on their replicas' nodes only: the protocols and numbers of
+        their ingress ports.
+        """
+        return {
+            name: frozenset((p.protocol.number, p.published) for p in self._ports.get(name, ()))
+            for name, spec in self._services.items()
+            if spec.prefer is Prefer.LOCAL_ONLY
+        }
 
     def service_view(self, service: str) -> ServiceView | None:
         """Everything about one service, or None if it has no spec."""

@@ -38,6 +38,8 @@ class Draft:
     def __init__(self, picture: Picture) -> None:
         self.conditions: list[Compare] = []
         self.operations: list[Put | Delete] = []
+        self.refusals = 0
+        """Services that are newly told why they do not get what they want."""
         self._picture = picture
         self._puts: dict[Place, tuple[Owner, Record]] = {}
         self._frees: list[Place] = []
@@ -135,6 +137,7 @@ class Draft:
             self.operations.append(Delete(key))
         else:
             picture.statuses[owner] = wanted
+            self.refusals += owner.kind == "services"
             self.operations.append(Put(key, schema.encode(wanted)))
 
     def _move_cursors(self) -> None:

@@ -18,12 +18,14 @@ from mesh.store.protocol import Snapshot
 from mesh.store.sync import Follower
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
 
     from mesh.controller.picture import Owner
     from mesh.model.service import ServiceSpec
     from mesh.store.protocol import Changes, Compare, Store
     from mesh.store.schema import Keys
+
+    Refused = Callable[[int], None]
 
 LOG: Final = logging.getLogger(__name__)
 
@@ -33,11 +35,12 @@ PAUSE: Final = 0.2
 _News = asyncio.Queue["Snapshot | Changes"]
 
 
-async def lead(store: Store, keys: Keys, guard: Compare) -> None:
+async def lead(store: Store, keys: Keys, guard: Compare, refused: Refused = lambda _: None) -> None:
     """Allocate what is missing and free what is superfluous, for as long as `guard` holds.
 
-    Returns when somebody else may lead.  Raises StoreUnavailable when the outcome of a transaction
-    is unknown; the next term finds out.  Made for `Election.run`.
+    `refused` is told how many services were newly refused something.  Returns when somebody else
+    may lead.  Raises StoreUnavailable when the outcome of a transaction is unknown; the next term
+    finds out.  Made for `Election.run`.
     """
     specs: Mapping[Owner, ServiceSpec] = {}
     while True:
@@ -50,7 +53,7 @@ async def lead(store: Store, keys: Keys, guard: Compare) -> None:
         news: _News = asyncio.Queue()
         reader = asyncio.create_task(_read(follower.updates(), news))
         try:
-            specs = await _allocate(store, Picture(keys, specs), guard, news)
+            specs = await _allocate(store, Picture(keys, specs), guard, news, refused)
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -68,7 +71,7 @@ async def _read(updates: AsyncGenerator[Snapshot | Changes, None], news: _News) 
 
 
 async def _allocate(
-    store: Store, picture: Picture, guard: Compare, news: _News
+    store: Store, picture: Picture, guard: Compare, news: _News, refused: Refused
 ) -> Mapping[Owner, ServiceSpec]:
     """Keep the allocations in line until the picture is known to be wrong; the specs it knew."""
     keys, told, revision = picture.keys, 0, 0
@@ -93,6 +96,7 @@ async def _allocate(
             LOG.warning("controller transaction=refused operations=%d", len(draft.operations))
             return picture.specs()
         draft.committed(result.revision)
+        refused(draft.refusals)
         revision = result.revision
 
 

@@ -36,9 +36,12 @@ _LOOK_SECONDS: Final = 1.0
 
 
 class Flows:
-    """The flows of one node, kept in line with its rules."""
+    """The flows of one node, kept in line with its rules.  `failed` is told when that fails."""
 
-    def __init__(self, conntrack: Conntrack, layout: Layout) -> None:
+    def __init__(
+        self, conntrack: Conntrack, layout: Layout, failed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._failed = failed
         self._conntrack = conntrack
         self._layout = layout
         self._written: list[ElementDelta] = []
@@ -103,6 +106,7 @@ class Flows:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _tell(self, error: ApplyFailed) -> None:
+        self._failed()
         log.warning("flows not forgotten, trying again: %s", error)
         self.problems = (Problem(about="conntrack", message=str(error)),)
 

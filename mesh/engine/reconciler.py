@@ -20,14 +20,14 @@ from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from mesh.dataplane.protocol import Driver, ElementDelta
     from mesh.engine.desired import Desired, Touched
     from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.marks import Layout
 
-    Written = Callable[[ElementDelta], None]
+    Told = Callable[[ElementDelta], None]
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,21 @@ _NODES = "/nodes"
 class Reconciler:
     """One node's rules: planned, lowered and applied, one service at a time.
 
-    `written` is told every change that the kernel has taken.
+    `written` is told every change that the kernel has taken, `refused` those that it has not.
     """
 
-    def __init__(self, desired: Desired, driver: Driver, written: Written, layout: Layout) -> None:
+    def __init__(
+        self,
+        desired: Desired,
+        driver: Driver,
+        written: Told,
+        layout: Layout,
+        refused: Told = lambda _: None,
+    ) -> None:
         self._desired = desired
         self._driver = driver
         self._written = written
+        self._refused = refused
         self._ids = Ids(layout)
         self._ledger = Ledger()
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
@@ -166,6 +174,18 @@ class Reconciler:
             return {}
         return self.held(number)
 
+    def pool(self, number: int) -> str | None:
+        """The key of the pool that has a frontend id."""
+        return self._ids.key(number)
+
+    def frontends(self) -> Callable[[], Iterator[tuple[ElementKey, str]]]:
+        """Every frontend, and whose it is: read later, in another thread."""
+        return self._ledger.frontends()
+
+    def installed(self) -> int:
+        """How many elements the kernel has been given."""
+        return self._ledger.size - sum(len(self._ledger.held_by(owner)) for owner in self._failed)
+
     def problems(self) -> Iterable[Problem]:
         """What could not be installed, and why."""
         yield from self._failed.values()
@@ -193,6 +213,7 @@ class Reconciler:
         try:
             await self._write(delta)
         except ApplyFailed as error:
+            self._refused(delta)
             log.warning("apply failed, reading the kernel back: %s", error)
             await self._resync(delta)
 
@@ -234,6 +255,7 @@ class Reconciler:
             try:
                 await self._driver.apply(Delta({}, missing))
             except ApplyFailed as error:
+                self._refused(Delta({}, missing))
                 log.error("refused owner=%s error=%s", owner, error)
                 self._failed[owner] = Problem(about=f"service {owner}", message=str(error))
 

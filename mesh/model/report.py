@@ -11,6 +11,11 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     about: str
     message: str
 
+    @property
+    def is_of_record(self) -> bool:
+        """Whether it is about a record: all nodes have it, or none can help it."""
+        return self.about.startswith(("/", "service ", "task ", "node "))
+
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What the controller has to say about a service or a node; no record: nothing is wrong."""
@@ -54,11 +59,7 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     @property
     def is_degraded(self) -> bool:
         """Whether a problem is the node's own, not that of a record that it was given."""
-        return any(not each.about.startswith(_OF_RECORDS) for each in self.problems)
-
-
-_OF_RECORDS = ("/", "service ", "task ", "node ")
-"""How problems begin that are about records: all nodes have these, or none can help it."""
+        return any(not each.is_of_record for each in self.problems)
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

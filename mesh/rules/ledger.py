@@ -16,7 +16,7 @@ from mesh.delta import Delta
 from mesh.rules import elements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from mesh.rules.elements import ElementKey, Elements
 
@@ -36,6 +36,8 @@ class Ledger:
         self._shares: dict[bytes, int] = {}
         self._claims: dict[bytes, str | list[str]] = {}
         self._unpacked: tuple[str, Elements] = ("", {})
+        self.size = 0
+        """How many elements the kernel should hold."""
 
     def stage(self, wanted: Mapping[str, Elements]) -> Delta[ElementKey, bytes]:
         """Replace what these owners want; the change to the kernel that follows from it."""
@@ -62,6 +64,7 @@ class Ledger:
                     total.remove[key] = old
                 if now is not None:
                     total.add[key] = now
+        self.size += len(total.add) - len(total.remove)
         return total
 
     def elements(self) -> Elements:
@@ -102,6 +105,14 @@ class Ledger:
             for owner in claim:
                 if wishes[owner][key] != wishes[winner][key]:
                     yield owner, key, winner
+
+    def frontends(self) -> Callable[[], Iterator[tuple[ElementKey, str]]]:
+        """Every frontend there is now, and whose it is: read later, in another thread."""
+        claims = self._claims.copy()
+        return lambda: (
+            (_long(short), claim if isinstance(claim, str) else min(claim))
+            for short, claim in claims.items()
+        )
 
     def _effective(self, key: ElementKey) -> bytes | None:
         """What the kernel is to hold of a shared element or a frontend; None: nothing."""
