@@ -9,16 +9,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
 from mesh.agent import remark
+from mesh.agent.admin import Admin
+from mesh.agent.metrics import Metrics
 from mesh.agent.network import Network
 from mesh.agent.published import Published
 from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
 from mesh.agent.state import KINDS, State
+from mesh.agent.tally import Tally
 from mesh.controller import lead
+from mesh.dataplane import observe
 from mesh.dataplane.firewall import Mode
 from mesh.dataplane.linkwatch import LinkWatch
 from mesh.engine import backend
@@ -70,7 +75,12 @@ class Agent:
         )
         self._follower = Follower(store, *prefixes, self._published.prefix)
         self._network = Network(config, self._state)
+        self._tally = Tally()
+        self._election: Election | None = None
+        self._metrics = Metrics(self._tally, self._state, self._follower, self._leads)
+        self._admin = Admin(config.admin, self._metrics.page, self._unready, self._changed.set)
         self._pending = _NOTHING
+        self._heard = 0.0
         self._nodes_changed = asyncio.Event()
         self._first_picture = asyncio.Event()
         self._forwarding = asyncio.Event()
@@ -89,19 +99,24 @@ class Agent:
             await self._register(cluster)
             await self._published.load()
             self._lease = lease = LeaseHolder(self._store, cluster.liveness_ttl)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(), name="follow")
-                if self._config.role is Role.MANAGER:
-                    tasks.create_task(self._control(cluster), name="controller")
-                node = await self._numbered()
-                self._held = node.network
-                parameters = self._parameters(cluster, node.network)
-                mode, start = Mode(self._config.firewall), self._network.start
-                await remark.settle(self._config.backend, parameters, start, mode)
-                tasks.create_task(self._keep_network(), name="network")
-                await self._keep_rules(parameters, node.name, lease, tasks)
+            with observe.observed(self._tally.ran):
+                await self._take_part(cluster, lease)
         finally:
             await self._network.close()
+
+    async def _take_part(self, cluster: Cluster, lease: LeaseHolder) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._admin.run(), name="admin")
+            tasks.create_task(self._follow(), name="follow")
+            if self._config.role is Role.MANAGER:
+                tasks.create_task(self._control(cluster), name="controller")
+            node = await self._numbered()
+            self._held = node.network
+            parameters = self._parameters(cluster, node.network)
+            mode, start = Mode(self._config.firewall), self._network.start
+            await remark.settle(self._config.backend, parameters, start, mode)
+            tasks.create_task(self._keep_network(), name="network")
+            await self._keep_rules(parameters, node.name, lease, tasks)
 
     async def _find_cluster(self) -> Cluster:
         item = await self._store.get(self._keys.cluster)
@@ -129,8 +144,13 @@ class Agent:
         await self._first_picture.wait()
         if self._state.node_view() is not None:
             await self._forwarding.wait()
-        election = Election(self._store, self._keys.leader, self._config.node, cluster.liveness_ttl)
-        await election.run(lambda guard: lead.lead(self._store, self._keys, guard))
+        store, keys, refused = self._store, self._keys, self._tally.not_allocated
+        election = Election(store, keys.leader, self._config.node, cluster.liveness_ttl)
+        self._election = election
+        await election.run(lambda guard: lead.lead(store, keys, guard, refused))
+
+    def _leads(self) -> bool:
+        return self._election is not None and self._election.leading
 
     # ---- etcd
 
@@ -149,6 +169,8 @@ class Agent:
 
     def _touch(self, touched: Touched) -> None:
         """Have it planned again."""
+        if touched.services and not self._pending.services:
+            self._heard = time.monotonic()
         self._pending = Touched(
             self._pending.services | touched.services, self._pending.nodes | touched.nodes
         )
@@ -236,7 +258,7 @@ class Agent:
         chosen = await backend.choose(self._config.backend, parameters)
         log.info("backend=%s reason=%r", chosen.driver.name, chosen.reason)
         mode = Mode(self._config.firewall)
-        rules = Rules(self._state, chosen, parameters.layout, mode, self._changed.set)
+        rules = Rules(self._state, chosen, parameters, mode, self._changed.set, self._tally)
         try:
             self._pending = _NOTHING
             revision = self._state.revision
@@ -248,39 +270,55 @@ class Agent:
             gc.enable()
             reporter = Reporter(self._store, self._keys.applied(own), chosen, rules)
             reporter.applied(revision)
+            self._metrics.look_at(rules, reporter, lambda: self._problems(rules))
             await lease.put(self._keys.alive(own), b"{}")
             tasks.create_task(lease.run(), name="lease")
-            reports = reporter.run(lambda: self._problems(rules), self._follower.orders_in)
+            reports = reporter.run(
+                lambda: self._tally.refused(self._problems(rules)), self._follower.orders_in
+            )
             tasks.create_task(reports, name="reporter")
             self._published.look_after(tasks)
             rules.look_after(parameters, tasks)
             log.info("forwarding node=%s number=%d", own, parameters.network.number)
-            held = False
-            while True:
-                await self._changed.wait()
-                self._changed.clear()
-                if not self._in_sync() or await self._is_wiped():
-                    held = True
-                    reporter.wake()
-                    continue
-                if held:
-                    held = False
-                    await asyncio.sleep(CATCH_UP)  # what came back with the settings
-                touched, self._pending = self._pending, _NOTHING
-                revision = self._state.revision
-                await rules.reconcile(self._state.settle(touched))
-                reporter.applied(revision)
-                self._published.wake()
+            await self._keep_reconciled(rules, reporter)
         finally:
             rules.close()
+
+    async def _keep_reconciled(self, rules: Rules, reporter: Reporter) -> None:
+        held = False
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if not self._in_sync() or await self._is_wiped():
+                held = True
+                reporter.wake()
+                continue
+            if held:
+                held = False
+                await asyncio.sleep(CATCH_UP)  # what came back with the settings
+            touched, self._pending = self._pending, _NOTHING
+            heard = self._heard
+            revision = self._state.revision
+            await rules.reconcile(self._state.settle(touched))
+            reporter.applied(revision)
+            if touched.services:
+                self._tally.publishing.add(time.monotonic() - heard)
+            self._published.wake()
 
     def _problems(self, rules: Rules) -> Iterable[Problem]:
         if self._problem is not None:
             yield self._problem
         yield from self._network.problems
+        yield from self._admin.problems
         yield from rules.problems()
         yield from self._published.problems()
         yield from self._state.problems()
+
+    def _unready(self) -> str | None:
+        """Why packets are not yet forwarded as etcd says; None if they are."""
+        if not self._forwarding.is_set():
+            return f"node {self._config.node} does not forward yet: its agent is starting"
+        return self._problem.message if self._problem is not None else None
 
     # ---- network
 

@@ -68,6 +68,33 @@ class MarksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return Layout.of(self.packet_mark, self.ct_mark)
 
 
+class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where /metrics, /healthz and /readyz are served: "HOST:PORT", "unix:/PATH", or "" for not.
+
+    They tell the names of services to whoever asks, so by default only this host may.
+    """
+
+    listen: str = "127.0.0.1:9477"
+
+    def __post_init__(self) -> None:
+        if self.listen.startswith(_UNIX):
+            if not self.listen.startswith(f"{_UNIX}/"):
+                raise ValueError(f"listen {self.listen!r}: write unix:/ABSOLUTE/PATH")
+        elif self.listen:
+            try:
+                split_endpoint(self.listen)
+            except ValueError as error:
+                raise ValueError(f"listen {self.listen!r}: {error}") from None
+
+    @property
+    def path(self) -> str | None:
+        """The path of the unix socket, if it is one."""
+        return self.listen.removeprefix(_UNIX) if self.listen.startswith(_UNIX) else None
+
+
+_UNIX: Final = "unix:"
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One node's configuration.
 
@@ -80,6 +107,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     role: Role = Role.WORKER
     etcd: EtcdConfig = EtcdConfig()
     marks: MarksConfig = MarksConfig()
+    admin: AdminConfig = AdminConfig()
     state_dir: str = "/var/lib/mesh"
     endpoints: tuple[str, ...] = ()
     labels: dict[str, str] = {}

@@ -10,8 +10,10 @@ import asyncio
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mesh.agent import ports
 from mesh.agent.neighbours import Neighbours
 from mesh.agent.planner import Plans
 from mesh.dataplane.conntrack import Conntrack
@@ -20,19 +22,22 @@ from mesh.engine import backend
 from mesh.engine.flows import Flows
 from mesh.engine.healing import SOMEBODY, WINDOW, History
 from mesh.engine.reconciler import Reconciler
+from mesh.engine.traffic import Traffic
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.model.report import Healings
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from mesh.agent.state import State
+    from mesh.agent.tally import Tally
     from mesh.dataplane.firewall import Mode
+    from mesh.dataplane.protocol import ElementDelta
     from mesh.engine.backend import Chosen
     from mesh.engine.desired import Touched
     from mesh.engine.healing import Repair
     from mesh.model.report import Problem
-    from mesh.rules.marks import Layout
+    from mesh.rules.elements import ElementKey
     from mesh.rules.program import Parameters
 
 log = logging.getLogger(__name__)
@@ -49,18 +54,41 @@ _TELL_SECONDS: Final = 10.0
 """Between two reports of healings at least: each is a write to etcd."""
 
 
+class Installed(NamedTuple):
+    """What the kernel has: how many elements by which backend, which frontends, each with its
+    service (read in another thread: there may be ten thousand), and what was healed.
+    """
+
+    backend: str
+    elements: int
+    frontends: Callable[[], Iterator[tuple[ElementKey, str]]]
+    healings: Healings
+
+
 class Rules:
     """What this node forwards.  `told` is called when `problems` may have changed."""
 
     def __init__(
-        self, state: State, chosen: Chosen, layout: Layout, mode: Mode, told: Callable[[], None]
+        self,
+        state: State,
+        chosen: Chosen,
+        parameters: Parameters,
+        mode: Mode,
+        told: Callable[[], None],
+        tally: Tally,
     ) -> None:
+        layout = parameters.layout
         self._driver = chosen.driver
-        self._flows = Flows(Conntrack(layout), layout)
+        self._flows = Flows(Conntrack(layout), layout, tally.not_forgotten)
+        self._tally = tally
         flavour = chosen.driver.name.removeprefix("iptables-")
         self._firewall = Firewall(chosen.driver.port, flavour, mode)
         self._neighbours = Neighbours(state, self._firewall, told, self._healed)
-        self._reconciler = Reconciler(Plans(state), self._driver, self._flows.written, layout)
+        self._reconciler = Reconciler(
+            Plans(state), self._driver, self._written, layout, tally.not_written
+        )
+        vips = tuple(chain.from_iterable(parameters.vips))
+        self.traffic = Traffic(layout, self._reconciler.pool, partial(ports.named, vips), told)
         self._history = History()
         self._news = asyncio.Event()
         self._struggle: tuple[Problem, ...] = ()
@@ -80,7 +108,9 @@ class Rules:
 
     async def reconcile(self, touched: Touched) -> None:
         """Plan the touched services again and write what differs, whatever it takes."""
+        began = time.monotonic()  # the loop's own clock has milliseconds, on uvloop
         await self._until_done(partial(self._reconciler.reconcile, touched))
+        self._tally.reconciling.add(time.monotonic() - began)
 
     def look_after(self, parameters: Parameters, tasks: asyncio.TaskGroup) -> None:
         """Start everything that goes on besides."""
@@ -98,6 +128,20 @@ class Rules:
         yield from self._driver.problems()
         yield from self._reconciler.problems()
         yield from self._flows.problems
+        yield from self.traffic.problems
+
+    def installed(self) -> Installed:
+        """What there is now."""
+        return Installed(
+            backend=self._driver.name,
+            elements=self._reconciler.installed(),
+            frontends=self._reconciler.frontends(),
+            healings=self._history.report(),
+        )
+
+    def _written(self, delta: ElementDelta) -> None:
+        self._flows.written(delta)
+        self._tally.written(delta)
 
     async def _keep_healed(self) -> None:
         """Put back what somebody else removes from our tables, or adds to them."""
@@ -158,6 +202,7 @@ class Rules:
 
     def close(self) -> None:
         """Release sockets; the kernel keeps forwarding."""
+        self.traffic.close()
         self._driver.close()
         self._flows.close()
         self._firewall.close()
