@@ -27,11 +27,11 @@ class Delta(Generic[K, V]):
     @staticmethod
     def between(actual: Mapping[K, V], desired: Mapping[K, V]) -> Delta[K, V]:
         """The smallest change that turns `actual` into `desired`; unchanged keys are untouched."""
-        if actual == desired:
-            return Delta()
-        was, becomes = actual.get, desired.get
+        becomes = desired.get  # the usual change is of values: one look at each key tells of them
         remove = {key: value for key, value in actual.items() if becomes(key, _ABSENT) != value}
-        add = {key: value for key, value in desired.items() if was(key, _ABSENT) != value}
+        add = {key: desired[key] for key in remove if key in desired}
+        if len(actual) - len(remove) + len(add) < len(desired):
+            add |= {key: value for key, value in desired.items() if key not in actual}
         return Delta(remove, add)
 
     def __bool__(self) -> bool:

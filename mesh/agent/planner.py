@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import mesh.hostports.plan
@@ -58,13 +57,12 @@ def lower(service: ServiceView, node: NodeView, ids: Ids) -> Lowered:
     Every replica of this node gets a hairpin: it may be chosen for its own request.
     """
     name = node.name
-    here = [task.addresses for task in service.tasks if task.node == name]
-    found = nft.lower_hairpins(chain.from_iterable(here))
-    pools = set()
-    for forwarding in plan(service, node):
-        pools.add(forwarding.key)
+    here = [host for task in service.tasks if task.node == name for host in task.addresses]
+    found = nft.lower_hairpins(here)
+    forwardings = plan(service, node)
+    for forwarding in forwardings:
         found |= nft.lower(forwarding, ids)
-    return Lowered(found, pools)
+    return Lowered(found, tuple([forwarding.key for forwarding in forwardings]))
 
 
 def lower_nodes(peers: Mapping[str, PeerNode], own: str, layout: Layout) -> Elements:

@@ -6,7 +6,9 @@ is skipped and reported, and its last good version stays in force.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
 
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
@@ -41,7 +43,7 @@ KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "
 """What an agent follows; reports of other agents would only wake it for nothing."""
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """A record as it was last readable, and when its key was created."""
 
     record: object
@@ -66,6 +68,7 @@ class State:
         self._nodes: dict[str, Node] = {}
         self._tasks: dict[str, dict[str, Entry]] = {}
         self._vips: dict[str, dict[int, VipAllocation]] = {}
+        self._addresses: dict[str, tuple[str, ...]] = {}
         self._ports: dict[str, dict[IngressPort, bool]] = {}
         self._unhealthy: dict[str, dict[str, bool]] = {}
         self._numbers: dict[str, dict[int, bool]] = {}
@@ -220,6 +223,7 @@ class State:
             match entry.record if entry is not None else None:
                 case VipAllocation() as vip:
                     services.add(vip.service)
+                    self._addresses.pop(vip.service, None)
                     _hold(self._vips, vip.service, int(parts[2]), vip if held else None)
                 case PortAllocation() as port:
                     services.add(port.service)
@@ -241,6 +245,7 @@ class State:
 
     def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
         self._networks.clear()
+        self._addresses.clear()
         self._node_view = None
         if self.cluster is not None:
             self.hostports.confine(self.cluster)
@@ -319,16 +324,16 @@ class State:
 
     def _vip_addresses(self, service: str) -> tuple[str, ...]:
         """The allocated addresses that really lie in the VIP range, whatever etcd says."""
-        allocated, cluster = self._vips.get(service), self.cluster
-        if not allocated or cluster is None:
-            return ()
-        return tuple(
-            [
-                vip
-                for vip in allocated[min(allocated)].addresses
-                if address.contains(cluster.vips(address.family_of(vip)), vip)
-            ]
-        )
+        found = self._addresses.get(service)
+        if found is None:
+            allocated, cluster = self._vips.get(service), self.cluster
+            if not allocated or cluster is None:
+                return ()
+            found = allocated[min(allocated)].addresses
+            if not all(_is_vip(cluster, each) for each in found):
+                found = tuple(each for each in found if _is_vip(cluster, each))
+            self._addresses[service] = found
+        return found
 
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
@@ -372,6 +377,10 @@ _DEPTHS = {
 
 def _task(entry: Entry) -> Task:
     return entry.record  # type: ignore[return-value]
+
+
+def _is_vip(cluster: Cluster, host: str) -> bool:
+    return address.contains(cluster.vips(address.family_of(host)), host)
 
 
 def _port_order(port: IngressPort) -> tuple[str, int, int]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
 
 from mesh.dataplane.nfnetlink import (
     BRIDGE,
@@ -26,7 +29,7 @@ from mesh.dataplane.nfnetlink import (
 from mesh.rules.elements import MARK, SETS, SetSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from mesh.dataplane.nfnetlink import Socket
     from mesh.rules.elements import ElementKey, Elements
@@ -111,7 +114,7 @@ _FINGERPRINT: Final = SetSpec("fingerprint", (MARK,), (MARK,))
 LAYOUTS: Final = {spec.name: Layout(spec) for spec in (_FINGERPRINT, *SETS.values())}
 
 
-class Chunk(NamedTuple):
+class Chunk(msgspec.Struct, frozen=True):
     """A message with the elements of one set that it adds or removes."""
 
     message: Message

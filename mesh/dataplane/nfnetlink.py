@@ -13,6 +13,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import msgspec
+
 from mesh.dataplane import observe
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ _BATCH_BODY: Final = struct.pack(">BBH", 0, 0, _SUBSYSTEM_NFTABLES)
 HEADER_SIZE: Final = _HEADER.size
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """One request, not yet numbered.  `body` starts with the nfgenmsg."""
 
     kind: int
@@ -173,9 +175,10 @@ class Socket:
         pack, port = _HEADER.pack, self.port
         parts = [pack(20, _BATCH_BEGIN, _REQUEST, begin, port), _BATCH_BODY]
         for seq, index in enumerate(range(start, stop), begin + 1):
-            kind, flags, body = messages[index]
-            flags |= _REQUEST | _ACK if seq == last else _REQUEST
-            parts += (pack(len(body) + HEADER_SIZE, kind, flags, seq, port), body)
+            message = messages[index]
+            flags = message.flags | (_REQUEST | _ACK if seq == last else _REQUEST)
+            size = len(message.body) + HEADER_SIZE
+            parts += (pack(size, message.kind, flags, seq, port), message.body)
         parts += (pack(20, _BATCH_END, _REQUEST, last, port), _BATCH_BODY)
         self._socket.send(b"".join(parts))
         refused = self._verdict(begin, last)
@@ -218,9 +221,9 @@ class Socket:
         begin = self._next(len(messages))
         pack, port = _HEADER.pack, self.port
         parts: list[bytes] = []
-        for seq, (kind, flags, body) in enumerate(messages, begin):
-            head = pack(len(body) + HEADER_SIZE, kind, flags | _REQUEST | _ACK, seq, port)
-            parts += (head, body)
+        for seq, message in enumerate(messages, begin):
+            flags, size = message.flags | _REQUEST | _ACK, len(message.body) + HEADER_SIZE
+            parts += (pack(size, message.kind, flags, seq, port), message.body)
         self._socket.send(b"".join(parts))
         told: dict[int, int] = {}
         while len(told) < len(messages):

@@ -27,7 +27,7 @@ class Lowered(NamedTuple):
     """The elements of one service, and the keys of the pools that have ids among them."""
 
     elements: Elements
-    pools: Collection[str]
+    pools: tuple[str, ...]
 
 
 NOTHING = Lowered({}, ())

@@ -56,7 +56,7 @@ class Reconciler:
         self._ids = Ids(layout)
         self._ledger = Ledger()
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
-        self._pools: dict[str, Collection[str]] = {}
+        self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
         self._staged = False
         self._repaired = Repair()
@@ -202,11 +202,13 @@ class Reconciler:
 
     def _lower(self, name: str) -> Elements:
         found, pools = self._desired.lower(name, self._ids)
-        for key in self._pools.pop(name, ()):
-            if key not in pools:
+        before = self._pools.get(name, ())
+        if pools != before:
+            for key in set(before).difference(pools):
                 self._ids.release(key)
-        if pools:
-            self._pools[name] = pools
+            self._pools.pop(name, None)
+            if pools:
+                self._pools[name] = pools
         return found
 
     async def _apply(self, delta: ElementDelta) -> None:

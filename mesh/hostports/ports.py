@@ -71,10 +71,10 @@ class HostPorts:
         self, service: str, spec: ServiceSpec | None, tasks: Iterable[tuple[Task, int]]
     ) -> frozenset[str]:
         """Replace what a service wants here; the services whose granted ports that changes."""
-        ports = tuple(p for p in spec.ports if p.mode is PublishMode.HOST) if spec else ()
-        here = _Here(ports, tuple(tasks) if ports else ())
-        if here.tasks:
-            self._services[service] = here
+        ports = [p for p in spec.ports if p.mode is PublishMode.HOST] if spec is not None else []
+        here = tuple(tasks) if ports else ()
+        if here:
+            self._services[service] = _Here(tuple(ports), here)
         elif self._services.pop(service, None) is None:
             return _NOBODY
         self._unsettled.add(service)

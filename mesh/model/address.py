@@ -77,8 +77,14 @@ def of_family(addresses: tuple[str, ...], family: Family) -> tuple[str, ...]:
 
 def one_per_family(addresses: tuple[str, ...]) -> tuple[str, ...]:
     """The first address of each family: where a host with several is reached."""
-    first = {":" in a: a for a in reversed(addresses)}
-    return tuple([first[v6] for v6 in (False, True) if v6 in first])
+    four: tuple[str, ...] = ()
+    six: tuple[str, ...] = ()
+    for each in addresses:
+        if ":" in each:
+            six = six or (each,)
+        else:
+            four = four or (each,)
+    return four + six
 
 
 def packed(address: str) -> bytes:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from mesh.model.task import TaskState
+import msgspec
+
+from mesh.model.service import ServiceSpec
+from mesh.model.task import Task, TaskState
 
 if TYPE_CHECKING:
     from mesh.model.cluster import NodeNetwork
     from mesh.model.node import Node
     from mesh.model.publish import Protocol
-    from mesh.model.service import ServiceSpec
-    from mesh.model.task import Task
 
 
 class IngressPort(NamedTuple):
@@ -25,7 +26,7 @@ class IngressPort(NamedTuple):
     target: int
 
 
-class ServiceView(NamedTuple):
+class ServiceView(msgspec.Struct, frozen=True, gc=False):
     """One service: its spec, what is allocated to it, and its tasks, oldest first.
 
     `unhealthy` names the tasks whose node reports them as failing; `host_ports` are the tasks and

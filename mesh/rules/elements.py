@@ -107,9 +107,8 @@ def proto_bytes(number: int) -> bytes:
     return bytes((number, 0, 0, 0))
 
 
-def port_bytes(port: int) -> bytes:
-    """A port as a padded field."""
-    return port.to_bytes(2, "big") + b"\0\0"
+port_bytes: Final = struct.Struct(">H2x").pack
+"""A port as a padded field."""
 
 
 def mark_bytes(value: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
@@ -12,10 +13,10 @@ from mesh.rules.elements import port_bytes
 from mesh.rules.forwarding import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from mesh.model.cluster import NodeNetwork
-    from mesh.rules.elements import Elements
+    from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.forwarding import Backend, Forwarding, Frontend
     from mesh.rules.ids import Ids
     from mesh.rules.marks import Layout
@@ -33,6 +34,7 @@ class _Sets(NamedTuple):
 
     family: Family
     maps: dict[Scope, str]
+    vips: str
     targets: str
     known: str
     hairpin: str
@@ -42,33 +44,46 @@ _SETS: Final = tuple(
     _Sets(
         family,
         {scope: name + family.suffix for scope, name in _MAPS.items()},
-        *(name + family.suffix for name in ("targets", "known", "hairpin")),
+        *(name + family.suffix for name in ("vips", "targets", "known", "hairpin")),
     )
     for family in FAMILIES
 )
-
-
-_HAIRPINS: Final = {sets.family: sets.hairpin for sets in _SETS}
+"""`_SETS[":" in address]` are those of an address's family."""
 
 
 def lower(forwarding: Forwarding, ids: Ids) -> Elements:
     """Everything the kernel must hold for one forwarding, in both families."""
     number, layout = ids.of(forwarding.key), ids.layout
     found: Elements = {}
-    for sets in _SETS:
-        family = sets.family
-        frontends = [
-            f for f in forwarding.frontends if f.address is None or family_of(f.address) is family
-        ]
-        if frontends:
-            backends = [b for b in forwarding.backends if family_of(b.address) is family]
+    keys = _frontend_keys(forwarding.frontends)
+    for is_v6, sets in enumerate(_SETS):
+        if keys[is_v6]:
+            backends = [b for b in forwarding.backends if (":" in b.address) == is_v6]
             mark, pool = _pool(forwarding, number, backends, layout)
-            _lower_frontends(found, sets, frontends, mark)
+            for key in keys[is_v6]:
+                found[key] = mark
+                if key[0] == sets.vips:
+                    found[sets.known, key[1][: elements.ADDRESS[sets.family].width]] = b""
             targets = sets.targets
-            for slot, (host, port, _) in zip(elements.SLOT_BYTES, pool, strict=False):
-                found[targets, mark + slot] = packed(host) + port_bytes(port)
+            for slot, backend in zip(elements.SLOT_BYTES, pool, strict=False):
+                found[targets, mark + slot] = packed(backend.address) + port_bytes(backend.port)
     if forwarding.allow:
         _lower_allow(found, forwarding, number, layout)
+    return found
+
+
+def _frontend_keys(frontends: Iterable[Frontend]) -> tuple[list[ElementKey], list[ElementKey]]:
+    """The elements whose data is the mark, of each family."""
+    found: tuple[list[ElementKey], list[ElementKey]] = [], []
+    for frontend in frontends:
+        scope, host = frontend.scope, frontend.address
+        key = elements.PROTO_BYTES[frontend.protocol] + port_bytes(frontend.port)
+        if host is None:
+            for sets, keys in zip(_SETS, found, strict=True):
+                keys.append((sets.maps[scope], key))
+        else:
+            is_v6 = ":" in host
+            found[is_v6].append((_SETS[is_v6].maps[scope], packed(host) + key))
     return found
 
 
@@ -83,17 +98,6 @@ def _pool(
     return elements.mark_bytes(layout.frontend(number, len(pool), hashed, stays)), pool
 
 
-def _lower_frontends(found: Elements, sets: _Sets, frontends: list[Frontend], mark: bytes) -> None:
-    for scope, host, protocol, port in frontends:
-        key = elements.PROTO_BYTES[protocol] + port_bytes(port)
-        if host is not None:
-            at = packed(host)
-            key = at + key
-            if scope is Scope.VIP:
-                found[sets.known, at] = b""
-        found[sets.maps[scope], key] = mark
-
-
 def _lower_allow(found: Elements, forwarding: Forwarding, number: int, layout: Layout) -> None:
     """The allow list, in prefixes of the lengths that the program looks up."""
     bits = layout.id_bits(number)
@@ -106,7 +110,7 @@ def _lower_allow(found: Elements, forwarding: Forwarding, number: int, layout: L
 
 def lower_hairpins(addresses: Iterable[str]) -> Elements:
     """Local replicas, so that one which reaches itself through a frontend gets an answer."""
-    return {(_HAIRPINS[family_of(a)], packed(a) * 2): b"" for a in addresses}
+    return {(_SETS[":" in a].hairpin, packed(a) * 2): b"" for a in addresses}
 
 
 def lower_nodes(addresses: Iterable[str]) -> Elements:
@@ -139,21 +143,9 @@ def adopt(forwardings: Iterable[Forwarding], actual: Elements, ids: Ids) -> None
     What a restarted agent finds it keeps: same id, same mark, no element to write.
     """
     for forwarding in forwardings:
-        for name, key in _frontend_keys(forwarding):
-            data = actual.get((name, key))
+        for key in chain.from_iterable(_frontend_keys(forwarding.frontends)):
+            data = actual.get(key)
             if data is not None and ids.adopt(
                 forwarding.key, ids.layout.id_of(elements.mark_of(data))
             ):
                 break
-
-
-def _frontend_keys(forwarding: Forwarding) -> Iterator[tuple[str, bytes]]:
-    for frontend in forwarding.frontends:
-        for family in FAMILIES:
-            if frontend.address is None or family_of(frontend.address) is family:
-                yield _MAPS[frontend.scope] + family.suffix, _frontend_key(frontend)
-
-
-def _frontend_key(frontend: Frontend) -> bytes:
-    host = b"" if frontend.address is None else packed(frontend.address)
-    return host + elements.PROTO_BYTES[frontend.protocol] + port_bytes(frontend.port)

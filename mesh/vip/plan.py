@@ -5,7 +5,6 @@ Pure, and deterministic: the same set of tasks gives the same forwardings in wha
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from mesh.model.address import one_per_family
@@ -15,12 +14,14 @@ from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.vip import eligibility
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from mesh.model.publish import Protocol
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
-    from mesh.model.view import NodeView, ServiceView
+    from mesh.model.view import IngressPort, NodeView, ServiceView
+
+    _Target = tuple[int, Protocol]
 
 
 def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
@@ -31,12 +32,10 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     """
     tasks = eligibility.eligible(service, node)
     chosen = eligibility.preferred(tasks, service.spec.prefer, node)
-    published = _published(service)
     vips = sorted(service.vips)
     found: list[Forwarding] = []
-    for target, protocol in _targets(service.spec):
+    for (target, protocol), ports in _targets(service):
         vip = [Frontend(Scope.VIP, address, protocol, target) for address in vips]
-        ports = sorted(published.get((target, protocol), ()))
         key = f"{service.spec.name}/{target}/{protocol.value}"
         if service.spec.prefer is Prefer.LOCAL_ONLY:
             local = [Frontend(Scope.NODE, None, protocol, port) for port in ports]
@@ -48,31 +47,39 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     return tuple(found)
 
 
-def _targets(spec: ServiceSpec) -> list[tuple[int, Protocol]]:
-    """The distinct targets of a spec; several published ports to one target share a pool."""
-    pairs = {(port.target, port.protocol) for port in spec.ports}
-    if len(pairs) == 1:
-        return list(pairs)
-    return sorted(pairs, key=lambda pair: (pair[0], pair[1].value))
-
-
-def _published(service: ServiceView) -> Mapping[tuple[int, Protocol], set[int]]:
-    """The allocated ingress ports that lead to each target.
+def _targets(service: ServiceView) -> list[tuple[_Target, list[int]]]:
+    """The distinct targets of a spec, each with the allocated ingress ports that lead there;
+    several published ports to one target share a pool.
 
     The spec's target wins over the allocation's, so that a changed target takes effect with the
     spec and the port never stops answering in between.
     """
-    asked = [port for port in service.spec.ports if port.mode is PublishMode.INGRESS]
-    named = {(port.published, port.protocol): port.target for port in asked if port.published}
-    dynamic = {(port.target, port.protocol) for port in asked if port.published is None}
-    found: defaultdict[tuple[int, Protocol], set[int]] = defaultdict(set)
-    for given in service.ingress:
-        target = named.get((given.published, given.protocol))
-        if target is None and (given.target, given.protocol) in dynamic:
-            target = given.target
+    found: dict[_Target, list[int]] = {}
+    named: dict[tuple[int, Protocol], int] = {}
+    dynamic: set[_Target] = set()
+    for port in service.spec.ports:
+        found[port.target, port.protocol] = []
+        if port.mode is PublishMode.INGRESS:
+            if port.published:
+                named[port.published, port.protocol] = port.target
+            else:
+                dynamic.add((port.target, port.protocol))
+    for protocol, published, given in sorted(service.ingress, key=_number):
+        target = named.get((published, protocol))
+        if target is None and (given, protocol) in dynamic:
+            target = given
         if target is not None:
-            found[target, given.protocol].add(given.published)
-    return found
+            found[target, protocol].append(published)
+    return sorted(found.items(), key=_order) if len(found) > 1 else list(found.items())
+
+
+def _number(port: IngressPort) -> int:
+    return port.published
+
+
+def _order(target: tuple[_Target, list[int]]) -> tuple[int, str]:
+    (number, protocol), _ = target
+    return number, protocol.value
 
 
 def _backends(tasks: Iterable[Task], target: int) -> tuple[Backend, ...]:
@@ -81,7 +88,8 @@ def _backends(tasks: Iterable[Task], target: int) -> tuple[Backend, ...]:
         for task in tasks
         for address in one_per_family(task.addresses)
     ]
-    return tuple(sorted(backends))
+    backends.sort()
+    return tuple(backends)
 
 
 def _forwarding(

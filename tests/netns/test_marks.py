@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
+from msgspec import structs
 
 from mesh.dataplane import command, witness
 from mesh.dataplane.conntrack import Conntrack
@@ -43,8 +44,8 @@ VIPS: Final = {
 def _services() -> Iterator[Forwarding]:
     both = tuple(Backend(a, SERVER_PORT) for name in CONTAINERS for a in ADDRESSES[name])
     one = tuple(Backend(a, SERVER_PORT) for a in ADDRESSES["c1"])
-    fine = tuple(backend._replace(weight=2 if backend in one else 1) for backend in both)
-    fine = tuple(backend._replace(weight=100 * backend.weight - 1) for backend in fine)
+    fine = tuple(structs.replace(backend, weight=2 if backend in one else 1) for backend in both)
+    fine = tuple(structs.replace(backend, weight=100 * backend.weight - 1) for backend in fine)
     pools = {WEB: both, SOLO: one, EMPTY: (), LIMITED: one, AFFINE: both, FINE: fine, HOST: one}
     for port, pool in pools.items():
         scope = Scope.NODE if port == HOST else Scope.INGRESS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec import structs
 
 from mesh.delta import Delta
 from mesh.model import address
@@ -88,7 +89,7 @@ def test_flows_of_a_backend_that_left_are_stale_and_no_others() -> None:
     "changed",
     [
         WEB._replace(backends=(*POOL, Backend("10.0.1.4", 53))),
-        WEB._replace(backends=tuple(b._replace(weight=i + 1) for i, b in enumerate(POOL))),
+        WEB._replace(backends=tuple(structs.replace(b, weight=i + 1) for i, b in enumerate(POOL))),
         WEB._replace(affinity=Affinity.CLIENT_IP),
         WEB._replace(allow=("192.0.2.0/24",)),
     ],
@@ -160,7 +161,7 @@ def test_a_port_that_now_belongs_to_another_service_loses_its_flows() -> None:
 
 
 def test_a_tcp_service_is_left_to_drain() -> None:
-    web = WEB._replace(frontends=(PORT._replace(protocol=TCP), VIP._replace(protocol=TCP)))
+    web = WEB._replace(frontends=tuple(structs.replace(each, protocol=TCP) for each in (PORT, VIP)))
     node = Node(web)
 
     assert node.change(without(web, "10.0.1.1")) == ()
