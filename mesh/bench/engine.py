@@ -1,4 +1,5 @@
-"""What the engine costs without etcd: from an event in the agent to the kernel's acknowledgement.
+"""What the engine costs without etcd: from an event in the agent to the kernel's acknowledgement,
+and from the ready change.
 
 State, planner, ledger and the real driver; only the store is replaced by ready-made events.
 `python -m mesh.bench.engine` measures one backend at one size (mesh.bench.isolated).
@@ -22,9 +23,9 @@ from mesh.rules import marks
 from mesh.store.protocol import Changes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
-    from mesh.dataplane.protocol import Driver
+    from mesh.dataplane.protocol import Driver, ElementDelta
     from mesh.store.protocol import Change
 
 _BATCH: Final = 1000
@@ -52,34 +53,36 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
     say("installing")
     driver = backends.driver(backend)
     state = State(records.KEYS, "n1")
-    reconciler = Reconciler(Plans(state), driver, lambda _delta: None, marks.DEFAULT)
-    clock = _Clock(state, reconciler, services)
+    clock = _Clock(state, driver, services)
     await driver.prepare()
     state.apply(records.everything(services))
     gc.collect()
-    began = time.perf_counter()
-    await reconciler.start({})
-    install = time.perf_counter() - began
+    install = await _seconds(clock.reconciler.start({}))
     gc.freeze()
     found: dict[str, object] = {"bench": "engine", "backend": backend, "services": services}
     found["install_ms"] = figures.milliseconds(install)
     rss = figures.rss_mb("self")
     say("one replica changes")
-    found["change_us"] = figures.percentiles(await clock.each(rounds, clock.swap), 1e6)
+    changes, applied = await clock.each(rounds, clock.swap), await clock.again()
+    found["change_us"] = figures.percentiles(changes, 1e6)
+    found["apply_us"] = figures.percentiles(applied, 1e6)
     say("a replica comes and goes")
     found["count_change_us"] = figures.percentiles(await clock.each(rounds, clock.count), 1e6)
     say(f"{_BATCH} changes at once")
-    batches = await clock.each(_BATCHES, clock.batch)
-    found["batch1000_ms"] = figures.milliseconds(figures.median(batches))
+    changes, applied = await clock.each(_BATCHES, clock.batch), await clock.again()
+    found["batch1000_ms"] = figures.milliseconds(figures.median(changes))
+    found["apply_batch1000_ms"] = figures.milliseconds(figures.median(applied))
     say("source ranges change")
     found |= await clock.ranges(rounds)
     say("reading everything back")
     found["drift_ms"] = figures.milliseconds(await _drift(driver))
     say("somebody changes elements")
     heals = 5 if backend == "nftables" else 1
-    found["repair_ms"] = await drift.repairs(backend, driver, reconciler, heals)
+    found["repair_ms"] = await drift.repairs(backend, driver, clock.reconciler, heals)
     say("writing everything again")
-    found["resync_ms"] = figures.milliseconds(await drift.rewrite(backend, driver, reconciler))
+    found["resync_ms"] = figures.milliseconds(
+        await drift.rewrite(backend, driver, clock.reconciler)
+    )
     say("etcd lists everything again")
     found["relist_ms"] = figures.milliseconds(await clock.relist())
     say("taking everything away")
@@ -89,25 +92,48 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
 class _Clock:
     """Feeds events one after the other and times each."""
 
-    def __init__(self, state: State, reconciler: Reconciler, services: int) -> None:
+    def __init__(self, state: State, driver: Driver, services: int) -> None:
+        self.reconciler = Reconciler(Plans(state), driver, self._note, marks.DEFAULT)
         self._state = state
-        self._reconciler = reconciler
+        self._driver = driver
         self._services = services
         self._revision = 1
+        self._written: list[ElementDelta] | None = None
+
+    def _note(self, delta: ElementDelta) -> None:
+        if self._written is not None:
+            self._written.append(delta)
 
     async def each(self, rounds: int, make: Callable[[int], list[Change]]) -> list[float]:
         """Seconds of each change; an even number of them, so that what came has gone again."""
         taken: list[float] = []
+        self._written = []
         ends = time.perf_counter() + _SERIES_SECONDS
         while len(taken) < rounds and (time.perf_counter() < ends or len(taken) < 2):
             taken += [await self._timed(make(len(taken) + part)) for part in range(2)]
         return taken
 
+    async def again(self) -> list[float]:
+        """Seconds of the last series' changes without planning: undone, and done again."""
+        written, undone = self._written or [], 0
+        taken: list[float] = []
+        ends = time.perf_counter() + _SERIES_SECONDS / 2
+        while undone < len(written) and time.perf_counter() < ends:
+            undone += 1
+            delta = written[-undone]
+            taken.append(await self._applied(Delta(delta.add, delta.remove)))
+        return taken + [await self._applied(delta) for delta in written[len(written) - undone :]]
+
     async def _timed(self, changes: list[Change]) -> float:
         event = Changes(tuple(changes), self._revision)
         began = time.perf_counter()
-        await self._reconciler.reconcile(self._state.apply(event))
+        await self.reconciler.reconcile(self._state.apply(event))
         taken = time.perf_counter() - began
+        await asyncio.sleep(0)
+        return taken
+
+    async def _applied(self, delta: ElementDelta) -> float:
+        taken = await _seconds(self._driver.apply(delta))
         await asyncio.sleep(0)
         return taken
 
@@ -130,7 +156,7 @@ class _Clock:
     def batch(self, index: int) -> list[Change]:
         """One replica replaced in each of a thousand services (or all, if there are fewer)."""
         return [
-            records.replaced(service, 1, 1000 + index, self._next())
+            records.replaced(service, 1, 1001 + index, self._next())
             for service in range(min(_BATCH, self._services))
         ]
 
@@ -160,10 +186,16 @@ class _Clock:
     async def relist(self) -> float:
         """Seconds to take in a whole snapshot in which nothing differs."""
         snapshot = records.everything(self._services)
-        await self._reconciler.reconcile(self._state.apply(snapshot))
+        await self.reconciler.reconcile(self._state.apply(snapshot))
         began = time.perf_counter()
-        await self._reconciler.reconcile(self._state.apply(snapshot))
+        await self.reconciler.reconcile(self._state.apply(snapshot))
         return time.perf_counter() - began
+
+
+async def _seconds(work: Awaitable[None]) -> float:
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
 
 
 def _ranges(first: int, count: int) -> tuple[str, ...]:

@@ -56,11 +56,12 @@ def test_engine_measures_every_backend(cli: CommandLine, backend: str) -> None:
         ("engine", backend, 12),
     ]
     for record in found:
-        for name in ("change_us", "count_change_us", "allow_change_us"):
+        for name in ("change_us", "apply_us", "count_change_us", "allow_change_us"):
             assert 0 < record[name]["p50"] <= record[name]["p99"]
         for name in ("install_ms", "batch1000_ms", "drift_ms", "resync_ms", "rss_mb"):
             assert record[name] > 0
         assert record["relist_ms"] >= 0
+        assert record["apply_batch1000_ms"] >= 0
         assert all(record["repair_ms"][str(count)] > 0 for count in (1, 100))
     assert [record["allow_ranges"] for record in found] == [0, 990]
 
