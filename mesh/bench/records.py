@@ -32,7 +32,8 @@ TARGET: Final = 80
 TOGGLED: Final = "toggled"
 """In a live run, the one service whose replicas really answer."""
 
-_FIRST_PORT: Final = 1024
+_FIRST_PORT: Final = 4096
+"""Above what a cluster protects by default, and with room for 60 000."""
 
 
 class Shape(NamedTuple):
