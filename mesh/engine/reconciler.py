@@ -88,26 +88,37 @@ class Reconciler:
         await self._driver.attach()
 
     async def _take_over(self, actual: Elements, names: list[str]) -> int:
-        """Write what is missing in `actual`, and remove what is left there."""
-        written = await self._start_with(actual, (), nodes=True)
-        step = self._driver.chunk
-        for first in range(0, len(names), step):
-            written += await self._start_with(actual, names[first : first + step], nodes=False)
+        """Write what is missing in `actual`, and remove what is left there.
+
+        While the kernel takes in a chunk the next one is planned.
+        """
+        delta, step = self._missing(actual, (), nodes=True), self._driver.chunk
+        written, writing = len(delta.add), asyncio.create_task(self._write(delta))
+        try:
+            for first in range(0, len(names), step):
+                await asyncio.sleep(0)  # so that it is under way
+                delta = self._missing(actual, names[first : first + step], nodes=False)
+                await writing
+                written += len(delta.add)
+                writing = asyncio.create_task(self._write(delta))
+            await writing
+        finally:
+            writing.cancel()
         self._staged = True
         if actual:
             await self._write(Delta(actual, {}))
         return written
 
-    async def _start_with(self, actual: Elements, names: Iterable[str], *, nodes: bool) -> int:
-        """Stage some services and write what of them is not in `actual`; takes it out of there."""
+    def _missing(self, actual: Elements, names: Iterable[str], *, nodes: bool) -> ElementDelta:
+        """Stage some services: what of them is not in `actual`.  Takes it out of there."""
         staged = self._stage(names, nodes=nodes).add
+        if not actual:
+            return Delta({}, staged)
         missing = {key: value for key, value in staged.items() if actual.get(key) != value}
         changed = {key: actual[key] for key in missing if key in actual}
         for key in staged:
             actual.pop(key, None)
-        if missing:
-            await self._write(Delta(changed, missing))
-        return len(missing)
+        return Delta(changed, missing)
 
     async def heal(self) -> None:
         """Bring the kernel back from what somebody else did.
@@ -224,8 +235,9 @@ class Reconciler:
         return not self._failed.keys().isdisjoint(owners)
 
     async def _write(self, delta: ElementDelta) -> None:
-        await self._driver.apply(delta)
-        self._written(delta)
+        if delta:
+            await self._driver.apply(delta)
+            self._written(delta)
 
     async def _resync(self, own: ElementDelta) -> None:
         """Mend the program, bring the kernel in line from what it really holds; single out who

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,9 @@ from tests.support.records import KEYS
 
 if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
+    from mesh.engine.desired import Lowered
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.ids import Ids
 
 SERVICES = range(1, 8)
 
@@ -65,6 +68,33 @@ async def started(kernel: Kernel, state: State, before: Elements | None = None) 
     return made
 
 
+class Slow(Kernel):
+    """Takes its time, and writes down when."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self._log = log
+
+    async def apply(self, delta: ElementDelta) -> None:
+        self._log.append("begin")
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await super().apply(delta)
+        self._log.append("end")
+
+
+class Noting(Plans):
+    """Writes down when a service is planned."""
+
+    def __init__(self, state: State, log: list[str]) -> None:
+        super().__init__(state)
+        self._log = log
+
+    def lower(self, service: str, ids: Ids) -> Lowered:
+        self._log.append("plan")
+        return super().lower(service, ids)
+
+
 async def test_packets_meet_the_rules_once_all_services_are_in() -> None:
     kernel = Kernel()
 
@@ -110,4 +140,16 @@ async def test_a_start_whose_kernel_was_emptied_is_healed_whole() -> None:
     await reconciler.heal()
 
     assert await kernel.read() == await whole.read()
+    assert kernel.attached == await kernel.read()
+
+
+async def test_a_chunk_is_planned_while_the_kernel_takes_in_the_one_before() -> None:
+    log: list[str] = []
+    kernel = Slow(log)
+    await kernel.prepare()
+
+    await Reconciler(Noting(a_state(), log), kernel, lambda _delta: None, marks.DEFAULT).start({})
+
+    chunk = ["begin", "plan", "plan", "end"]
+    assert log == chunk * (len(SERVICES) // 2) + ["begin", "plan", "end", "begin", "end"]
     assert kernel.attached == await kernel.read()
