@@ -147,7 +147,8 @@ class Agent:
         store, keys, refused = self._store, self._keys, self._tally.not_allocated
         election = Election(store, keys.leader, self._config.node, cluster.liveness_ttl)
         self._election = election
-        await election.run(lambda guard: lead.lead(store, keys, guard, refused))
+        known = self._state.record
+        await election.run(lambda guard: lead.lead(store, keys, guard, refused, known))
 
     def _leads(self) -> bool:
         return self._election is not None and self._election.leading

@@ -175,7 +175,8 @@ class State:
         return Touched(frozenset(parts[1:]), nodes=False)
 
     def _index_task(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
-        service, name = parts[1], parts[2]
+        service = parts[1]
+        name = _task(new).id if new is not None else parts[2]  # the same text, kept once
         _hold(self._tasks, service, name, new)
         return Touched(frozenset((service,)), nodes=False)
 
@@ -288,6 +289,11 @@ class State:
         """Whether etcd holds this node's own sign of life."""
         key = self.keys.alive(self.node)
         return key in self._entries and key not in self.doubted
+
+    def record(self, key: str) -> object:
+        """The last good record of a key, or None."""
+        entry = self._entries.get(key)
+        return entry.record if entry is not None else None
 
     def services(self) -> frozenset[str]:
         """Every service that has a readable spec."""

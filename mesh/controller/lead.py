@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
 from mesh.controller.draft import STINT, Draft
-from mesh.controller.picture import Picture
+from mesh.controller.picture import Picture, unknown
 from mesh.store.protocol import Snapshot
 from mesh.store.sync import Follower
 
@@ -35,12 +35,20 @@ PAUSE: Final = 0.2
 _News = asyncio.Queue["Snapshot | Changes"]
 
 
-async def lead(store: Store, keys: Keys, guard: Compare, refused: Refused = lambda _: None) -> None:
+async def lead(
+    store: Store,
+    keys: Keys,
+    guard: Compare,
+    refused: Refused = lambda _: None,
+    known: Callable[[str], object] = unknown,
+) -> None:
     """Allocate what is missing and free what is superfluous, for as long as `guard` holds.
 
-    `refused` is told how many services were newly refused something.  Returns when somebody else
-    may lead.  Raises StoreUnavailable when the outcome of a transaction is unknown; the next term
-    finds out.  Made for `Election.run`.
+    `refused` is told how many services were newly refused something; `known` tells what this
+    process holds of a key already (Picture.known).
+
+    Returns when somebody else may lead.  Raises StoreUnavailable when the outcome of a transaction
+    is unknown; the next term finds out.  Made for `Election.run`.
     """
     specs: Mapping[Owner, ServiceSpec] = {}
     while True:
@@ -53,7 +61,7 @@ async def lead(store: Store, keys: Keys, guard: Compare, refused: Refused = lamb
         news: _News = asyncio.Queue()
         reader = asyncio.create_task(_read(follower.updates(), news))
         try:
-            specs = await _allocate(store, Picture(keys, specs), guard, news, refused)
+            specs = await _allocate(store, Picture(keys, specs, known), guard, news, refused)
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -68,6 +76,7 @@ async def _read(updates: AsyncGenerator[Snapshot | Changes, None], news: _News) 
     async with aclosing(updates) as stream:
         async for update in stream:
             news.put_nowait(update)
+            del update
 
 
 async def _allocate(
@@ -81,10 +90,12 @@ async def _allocate(
             if isinstance(update, Snapshot):
                 if update.revision < revision:
                     return picture.specs()  # older than what this loop wrote itself
-                picture = Picture(keys, picture.specs() or picture.remembered)
+                remembered = picture.specs() or picture.remembered
+                picture = Picture(keys, remembered, picture.known)
                 await _load(picture, update)
             else:
                 picture.observe(update.changes)
+            del update  # a snapshot is large, and the next news may be long in coming
             told = _tell(picture, told)
         draft = Draft(picture)
         draft.fill()

@@ -1,6 +1,11 @@
-"""What the controller hands out: node numbers, VIPs and ingress ports."""
+"""What the controller hands out: node numbers, VIPs and ingress ports.
+
+There are tens of thousands: the name of a service is one text for all of its records.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import msgspec
 
@@ -13,7 +18,7 @@ class NodeAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     node: str
 
 
-class VipAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class VipAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False):
     """Owner of one VIP per family; the index within the VIP range is in the key."""
 
     service: str
@@ -23,10 +28,14 @@ class VipAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         for address in self.addresses:
             if parse_address(address) != address:
                 raise ValueError(f"address {address!r}: write {parse_address(address)!r}")
+        msgspec.structs.force_setattr(self, "service", sys.intern(self.service))
 
 
-class PortAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class PortAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False):
     """Owner of a published ingress port; protocol and port are in the key."""
 
     service: str
     target: int
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "service", sys.intern(self.service))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
+NO_LABELS: Final[dict[str, str]] = {}
+"""One for all records without any: of tens of thousands each would have its own."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|s|m|h))+")
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")

@@ -47,7 +47,7 @@ class PublishMode(enum.Enum):
 
 
 class PublishedPort(
-    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, gc=False
 ):
     """One published port, in the words of Compose's long syntax.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import sys
 from typing import Final
 
 import msgspec
 
 from mesh.model.address import parse_address, parse_prefix
-from mesh.model.names import check_name, parse_duration
+from mesh.model.names import NO_LABELS, check_name, parse_duration
 from mesh.model.publish import PublishedPort, PublishMode
 
 MOST_PORTS: Final = 10_240
@@ -60,7 +61,7 @@ class HealthCheck(
 
 
 class ServiceSpec(
-    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, gc=False
 ):
     """What a user or an automation asks for, as it stands in etcd.
 
@@ -86,6 +87,10 @@ class ServiceSpec(
             parse_prefix(prefix)
         parse_duration(self.drain)
         self._check_ports()
+        for field in ("name", "vip", "drain"):  # one text for all records that say it
+            msgspec.structs.force_setattr(self, field, sys.intern(getattr(self, field)))
+        if not self.labels:
+            msgspec.structs.force_setattr(self, "labels", NO_LABELS)
 
     def _check_ports(self) -> None:
         if len(self.ports) > MOST_PORTS:

@@ -8,7 +8,7 @@ import sys
 import msgspec
 
 from mesh.model.address import check_host
-from mesh.model.names import check_name
+from mesh.model.names import NO_LABELS, check_name
 
 
 class TaskState(enum.Enum):
@@ -49,3 +49,5 @@ class Task(
         # One text for all tasks of a service or node, not one each.
         msgspec.structs.force_setattr(self, "service", sys.intern(self.service))
         msgspec.structs.force_setattr(self, "node", sys.intern(self.node))
+        if not self.labels:
+            msgspec.structs.force_setattr(self, "labels", NO_LABELS)

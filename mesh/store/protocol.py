@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
@@ -16,7 +18,7 @@ MAX_OPERATIONS: Final = 128
 """The most operations of one transaction: etcd's default `--max-txn-ops`."""
 
 
-class KeyValue(NamedTuple):
+class KeyValue(msgspec.Struct, frozen=True, order=True, gc=False):
     """A key as it stood at a revision; `version` 0 never occurs in a stored key."""
 
     key: str
@@ -27,7 +29,7 @@ class KeyValue(NamedTuple):
     lease: int
 
 
-class Change(NamedTuple):
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One event of a watch: `value` None means the key was deleted at `revision`."""
 
     key: str

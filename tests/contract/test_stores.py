@@ -19,6 +19,7 @@ from mesh.store.protocol import (
     Compacted,
     Compare,
     Delete,
+    KeyValue,
     LeaseLost,
     Put,
     Store,
@@ -83,7 +84,7 @@ async def test_a_key_knows_when_it_was_written(store: Store, top: str) -> None:
 
     item = await store.get(f"{top}a")
 
-    assert item == (f"{top}a", b"2", first, second, 2, 0)
+    assert item == KeyValue(f"{top}a", b"2", first, second, 2, 0)
     assert first < second
 
 
@@ -95,7 +96,7 @@ async def test_a_key_written_again_after_its_deletion_begins_anew(store: Store, 
 
     item = await store.get(f"{top}a")
 
-    assert item == (f"{top}a", b"3", revision, revision, 1, 0)
+    assert item == KeyValue(f"{top}a", b"3", revision, revision, 1, 0)
 
 
 async def test_any_bytes_and_any_text_come_back(store: Store, top: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from mesh.controller.picture import Held, Owner, Picture, Place
 from mesh.model.allocation import VipAllocation
+from mesh.model.service import ServiceSpec
 from mesh.store.protocol import Change, KeyValue
 from mesh.store.schema import Keys, encode
 
@@ -72,3 +73,17 @@ def test_keys_that_name_no_place_are_ignored(tail: str) -> None:
     picture.observe([Change(key, None, 2)])
 
     assert picture.taken["vips"] == {}
+
+
+def test_a_record_that_the_process_holds_already_is_not_kept_twice() -> None:
+    web = ServiceSpec(name="web")
+    held = {KEYS.service("web"): web, KEYS.service("api"): web}
+    picture = Picture(KEYS, {}, held.get)
+
+    picture.load(
+        KeyValue(KEYS.service(name), encode(ServiceSpec(name=name)), 1, 1, 1, 0)
+        for name in ("web", "api")
+    )
+
+    assert picture.specs()[WEB] is web
+    assert picture.specs()[API] == ServiceSpec(name="api")

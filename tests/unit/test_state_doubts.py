@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from mesh.agent.state import State
 from mesh.store.protocol import Change, Changes
 from tests.support import records
@@ -21,7 +23,7 @@ def _state() -> State:
 
 
 def _leased(key: str, record: records.Record, revision: int) -> Changes:
-    item = records.item(key, record, revision)._replace(lease=7)
+    item = structs.replace(records.item(key, record, revision), lease=7)
     return Changes((Change(key, item, revision),), revision)
 
 
