@@ -24,6 +24,10 @@ _SHARED: Final = frozenset(spec.name for spec in elements.SETS.values() if spec.
 """Sets, without data: what several owners want is one element.  All other keys that come from
 records are frontends; the rest contain an id, which is unique."""
 
+_HEADS: Final = {name: name.encode() + b"\0" for name in elements.SETS}
+
+_NO_WISHES: Final[Mapping[str, Elements]] = {}
+
 _COMMON: Final = _SHARED | elements.FRONTENDS
 """Sets in which several owners may want the same key."""
 
@@ -51,14 +55,14 @@ class Ledger:
             changes[owner] = change
             for part, settled in ((change.remove, total.remove), (change.add, total.add)):
                 for key, value in part.items():
-                    if key[0] in _COMMON:
-                        before.setdefault(key, self._effective(key))
-                    else:
+                    if key[0] not in _COMMON:
                         settled[key] = value
+                    elif key not in before:
+                        before[key] = self._effective(key)
         for owner, change in changes.items():
             self._replace(owner, wanted[owner], change)
         for key, old in before.items():
-            now = self._effective(key)
+            now = self._effective(key, wanted)
             if now != old:
                 if old is not None:
                     total.remove[key] = old
@@ -114,14 +118,20 @@ class Ledger:
             for short, claim in claims.items()
         )
 
-    def _effective(self, key: ElementKey) -> bytes | None:
-        """What the kernel is to hold of a shared element or a frontend; None: nothing."""
+    def _effective(
+        self, key: ElementKey, unpacked: Mapping[str, Elements] = _NO_WISHES
+    ) -> bytes | None:
+        """What the kernel is to hold of a shared element or a frontend; None: nothing.
+
+        Some wishes may be at hand, `unpacked`.
+        """
         if key[0] in _SHARED:
             return b"" if _short(key) in self._shares else None
         claim = self._claims.get(_short(key))
         if claim is None:
             return None
-        return self._wishes(claim if isinstance(claim, str) else min(claim))[key]
+        owner = claim if isinstance(claim, str) else min(claim)
+        return (unpacked.get(owner) or self._wishes(owner))[key]
 
     def _wishes(self, owner: str) -> Elements:
         """What an owner wants.  The last answer is kept: a service may have a thousand ports."""
@@ -169,7 +179,7 @@ class Ledger:
 
 def _short(key: ElementKey) -> bytes:
     """A key as one object instead of three."""
-    return key[0].encode() + b"\0" + key[1]
+    return _HEADS[key[0]] + key[1]
 
 
 def _long(short: bytes) -> ElementKey:
