@@ -13,7 +13,6 @@ import msgspec
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
 from mesh.hostports.ports import HostPorts
-from mesh.model import address
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
@@ -336,8 +335,8 @@ class State:
             if not allocated or cluster is None:
                 return ()
             found = allocated[min(allocated)].addresses
-            if not all(_is_vip(cluster, each) for each in found):
-                found = tuple(each for each in found if _is_vip(cluster, each))
+            if not all(map(cluster.is_vip, found)):
+                found = tuple(filter(cluster.is_vip, found))
             self._addresses[service] = found
         return found
 
@@ -383,10 +382,6 @@ _DEPTHS = {
 
 def _task(entry: Entry) -> Task:
     return entry.record  # type: ignore[return-value]
-
-
-def _is_vip(cluster: Cluster, host: str) -> bool:
-    return address.contains(cluster.vips(address.family_of(host)), host)
 
 
 def _port_order(port: IngressPort) -> tuple[str, int, int]:

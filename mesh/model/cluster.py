@@ -118,6 +118,10 @@ class Cluster(
             return self.vips4
         return address.nth_subnet(self.prefix6, 64, 0xF000)
 
+    def is_vip(self, host: str) -> bool:
+        """Whether an address lies in the range of VIPs of its family."""
+        return address.contains(self.vips(address.family_of(host)), host)
+
     def node_subnet(self, number: int, family: Family) -> str:
         """The container subnet of node `number`."""
         if family is Family.V4:
