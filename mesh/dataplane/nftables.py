@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 _RECREATE: Final = "table inet mesh\ndelete table inet mesh\n"
 _UPGRADE: Final = "flush table inet mesh\n"
-_STATIC: Final = ("own4", "own6", "closed4", "closed6", "sizes")
+_STATIC: Final = ("own4", "own6", "sizes")
 _IN_LOOP: Final = 500
 """Elements that are packed and committed within the event loop: about 5 ms at most."""
 

@@ -82,7 +82,7 @@ def _specs() -> dict[str, SetSpec]:
 
 
 SETS: Final[Mapping[str, SetSpec]] = _specs()
-"""Every set the agent writes.  Sets with static contents (own, closed, sizes) are program text."""
+"""Every set the agent writes.  Sets with static contents (own, sizes) are program text."""
 
 FRONTENDS: Final = frozenset(
     f"{name}{family.suffix}"

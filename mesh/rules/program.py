@@ -128,7 +128,6 @@ class Parameters:
             "subnet": subnet,
             "gateway": network.gateway(family),
             "own": f"{overlay}, {subnet}",
-            "closed": ", ".join(self.closed[index]),
             "outside": " ".join(outside),
             **_marks(self.layout),
         }
@@ -147,6 +146,8 @@ def _marks(layout: Layout) -> dict[str, str]:
         "STAY": layout.stay,
         "ARRIVAL": layout.ours | layout.via,
         "DECIDED": layout.via | layout.stay,
+        "WAY": layout.ours | layout.via | layout.stay,
+        "SETTLED": layout.ours | layout.stay,
     }
     kept = f"ct mark & 0x{layout.foreign:x} | " if layout.foreign else ""
     return {word: f"0x{mask:x}" for word, mask in bits.items()} | {
@@ -213,9 +214,7 @@ def build(parameters: Parameters) -> Program:
         lines = [line.removeprefix("?") for line in lines]
     else:
         lines = [line for line in lines if line[0] != "?"]
-    # A set of closed addresses may be empty, and nft refuses to add nothing.
-    expanded = (each for each in _expanded(lines, parameters) if not each.endswith("{  }"))
-    text = "".join(f"{line}\n" for line in expanded)
+    text = "".join(f"{line}\n" for line in _expanded(lines, parameters))
     inet, mark, bridge = text.partition("table bridge mesh\n")
     inet += _size_elements(static_sizes(layout), layout)
     declarations = re.findall(r"^ +(?:set|map|type) .*", inet, re.MULTILINE)
@@ -312,10 +311,10 @@ def _of_family(line: str, parameters: Parameters, family: Family) -> Iterator[st
 def _asked(line: str, parameters: Parameters, family: Family) -> Iterable[dict[str, str]]:
     """What the words of a line mean that stands more than once in a family."""
     layout, index = parameters.layout, FAMILIES.index(family)
-    if "$prefix" in line:
-        return [{"prefix": prefix} for prefix in parameters.prefixes[index]]
-    if "$vip" in line:
-        return [{"vip": prefix} for prefix in parameters.vips[index]]
+    ranges = {"prefix": parameters.prefixes, "vip": parameters.vips, "closed": parameters.closed}
+    for word, pairs in ranges.items():
+        if f"${word}" in line:
+            return [{word: prefix} for prefix in pairs[index]]
     if "$length" in line:
         return _lengths(family, layout)
     if "$host" in line:

@@ -305,7 +305,8 @@ class _Walk:
         """Through every hook that the packet meets."""
         own = self._entry is Entry.NODE
         for hook in _OWN_HOOKS if own else _HOOKS:
-            self._route(inward=hook == "prerouting")
+            if own or hook != "postrouting":  # what is forwarded lost its mark, but has its route
+                self._route(inward=hook == "prerouting")
             delivered = hook == "forward" and self.flow.local
             ending = self._hook("input" if delivered else hook)
             if ending is not None:

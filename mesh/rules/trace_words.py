@@ -19,7 +19,6 @@ _SETS: Final = {
     "meshports": "ingress port",
     "ports": "port of this node",
     "known": "live VIP",
-    "closed": "address closed to published ports",
     "nodes": "address of a node",
     "own": "address of this node's own ranges",
     "limited": "service with an allow list",
@@ -29,8 +28,6 @@ _SETS: Final = {
     "via": "peer's steering device",
     "zones": "peer's steering device",
     "hairpin": "replica that reached itself",
-    "guarded": "replica under a policy",
-    "policy": "allowed by policy",
 }
 
 TOLD: Final = frozenset(
@@ -42,7 +39,6 @@ _REASONS: Final = {
     "dispatch": "no backend can be given the connection",
     "allowed": "the source is not on the service's allow list",
     "stray": "the VIP is alive, but has no such port",
-    "forward": "no policy allows it",
     "tunnel_in": "the steering port is for nodes only",
     "raw_bridge": "a container may use addresses of its node's subnet only",
     "raw_overlay": "loopback addresses are this node's own",
@@ -57,7 +53,8 @@ _CHAINS: Final = {
     "from_bridge": "of the mesh, not balanced",
     "from_overlay": "of the mesh, not balanced",
     "from_steer": "came through another node",
-    "last": "cleared before it leaves",
+    "forward": "cleared before it leaves",
+    "output": "cleared before it leaves",
 }
 """What it means that a rule of a chain set something."""
 
@@ -87,12 +84,13 @@ _IPTABLES: Final = {
     "steer_out": "MESH-MANGLE-OUT",
     "misfit": "MESH-MISFIT",
     "misfit_here": "MESH-MISFIT-HERE",
-    "forward": "MESH-FORWARD",
-    "policed": "MESH-FORWARD",
+    "clamp": "MESH-MANGLE-FWD",
+    "forward": "MESH-LAST",
     "output": "MESH-OUTPUT",
     "stray": "MESH-STRAY",
     "nat_post": "MESH-NAT-POST",
-    "last": "MESH-LAST",
+    "to_bridge": "MESH-NAT-POST",
+    "to_overlay": "MESH-NAT-POST",
 }
 """The chain of iptables that does what a chain of the program does; pools have their own."""
 

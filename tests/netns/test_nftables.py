@@ -93,7 +93,7 @@ async def test_another_version_replaces_the_program_and_keeps_the_elements(
 
     assert await second.read() == SERVICE
     assert "4799" in rules.nft("list", "chain", "inet", "mesh", "tunnel_in")
-    assert "127.0.0.0" not in rules.nft("list", "set", "inet", "mesh", "closed4")
+    assert "127.0.0.0" not in rules.nft("list", "chain", "inet", "mesh", "here4")
     assert "mod 300 " in rules.nft("list", "chain", "inet", "mesh", "random_300")
     second.close()
 
@@ -148,11 +148,10 @@ async def test_a_table_of_the_same_name_without_a_fingerprint_is_replaced() -> N
         "insert rule inet mesh nat_pre drop",
         "delete element inet mesh sizes { 300 }",
         "add element inet mesh own4 { 192.0.2.1 }",
-        "delete element inet mesh closed4 { 127.0.0.0/8 }",
         "add chain inet mesh forward { policy drop; }",
         "add chain inet mesh theirs { type filter hook input priority 0; policy drop; }",
         "add table inet mesh { flags dormant; }",
-        "flush table inet mesh; delete set inet mesh own4; delete set inet mesh guarded6",
+        "flush table inet mesh; delete set inet mesh own4; delete set inet mesh limited",
         "delete table bridge mesh",
         "flush table bridge mesh",
     ],

@@ -100,7 +100,7 @@ async def test_rules_of_a_later_edition_are_refused(driver: Driver, backend: str
             program = f"{name}-{backend.removeprefix('iptables-')}"
             await command.run(program, "-t", "raw", "-R", xtables.CANARY, "1", *words)
 
-    with pytest.raises(HostNotReady, match="edition 2"):
+    with pytest.raises(HostNotReady, match=f"edition {EDITION + 1}"):
         await predecessor.check()
 
 
