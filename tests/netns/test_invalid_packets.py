@@ -160,3 +160,28 @@ def test_a_replicas_segment_outside_the_window_resets_nothing(
     send_segment(SERVER, here, there, connection.received, connection.sent)
 
     assert connection.works()
+
+
+@BOTH
+@pytest.mark.parametrize("who", ["c2", "node"])
+def test_a_vip_refuses_what_somebody_leaves_untracked(
+    world: OneNode, sockets: ExitStack, family: Family, who: str
+) -> None:
+    untracked = (
+        "add table inet theirs; "
+        "add chain inet theirs pre { type filter hook prerouting priority -300; }; "
+        "add chain inet theirs out { type filter hook output priority -300; }; "
+        "add rule inet theirs pre udp dport 81 notrack; "
+        "add rule inet theirs out udp dport 81 notrack"
+    )
+    with netns.entered("/run/netns/node"):
+        rules.nft(untracked)
+        sockets.callback(world.node.sh, "nft", "delete", "table", "inet", "theirs")
+    with netns.entered(f"/run/netns/{who}"):
+        client = sockets.enter_context(socket.socket(_DOMAIN[family], socket.SOCK_DGRAM))
+    client.settimeout(5)
+    client.connect((address_of("vip", family), 81))
+
+    with pytest.raises((ConnectionRefusedError, PermissionError)):  # as the output hook refuses
+        client.send(b"ping")
+        client.recv(100)
