@@ -182,6 +182,7 @@ def test_a_vip_refuses_what_somebody_leaves_untracked(
     client.settimeout(5)
     client.connect((address_of("vip", family), 81))
 
-    with pytest.raises((ConnectionRefusedError, PermissionError)):  # as the output hook refuses
+    with suppress(PermissionError):  # what the output hook refuses
         client.send(b"ping")
-        client.recv(100)
+        with pytest.raises(ConnectionRefusedError):
+            client.recv(100)
