@@ -243,9 +243,7 @@ def _check(packet: Packet, place: Place) -> None:
             "a steered packet comes from the steering device of a peer: say which (--via NODE)"
         )
     if packet.entry is Entry.NODE and not place.is_local(packet.source):
-        raise ValueError(
-            f"{packet.source} is not an address of the node, which cannot send from it"
-        )
+        raise ValueError(f"{packet.source} is not an address of the node: it cannot send from it")
 
 
 def _slots(draw: trace_rule.Draw, sets: trace_sets.Sets) -> dict[Target | None, list[int]]:
