@@ -11,12 +11,14 @@ import gc
 import logging
 import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
 
-from mesh.agent import remark
+from mesh.agent import listeners, remark, systemd
 from mesh.agent.admin import Admin
 from mesh.agent.metrics import Metrics
 from mesh.agent.network import Network
+from mesh.agent.occupancy import Occupancy
 from mesh.agent.published import Published
 from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
@@ -79,6 +81,7 @@ class Agent:
         self._election: Election | None = None
         self._metrics = Metrics(self._tally, self._state, self._follower, self._leads)
         self._admin = Admin(config.admin, self._metrics.page, self._unready, self._changed.set)
+        self._occupancy = Occupancy(self._state, Path(config.state_dir), self._touch)
         self._pending = _NOTHING
         self._heard = 0.0
         self._nodes_changed = asyncio.Event()
@@ -261,14 +264,7 @@ class Agent:
         mode = Mode(self._config.firewall)
         rules = Rules(self._state, chosen, parameters, mode, self._changed.set, self._tally)
         try:
-            self._pending = _NOTHING
-            revision = self._state.revision
-            self._state.settle(_NOTHING)
-            await rules.start(parameters)
-            self._forwarding.set()
-            gc.collect()
-            gc.freeze()  # what was loaded stays; no collection walks it again
-            gc.enable()
+            revision = await self._start(rules, parameters)
             reporter = Reporter(self._store, self._keys.applied(own), chosen, rules)
             reporter.applied(revision)
             self._metrics.look_at(rules, reporter, lambda: self._problems(rules))
@@ -279,13 +275,31 @@ class Agent:
             )
             tasks.create_task(reports, name="reporter")
             self._published.look_after(tasks)
+            tasks.create_task(self._occupancy.run(), name="occupancy")
+            told = listeners.tell(self._store, self._keys.listeners(own), self._occupancy)
+            tasks.create_task(told, name="listeners")
             rules.look_after(parameters, tasks)
             log.info("forwarding node=%s number=%d", own, parameters.network.number)
             await self._keep_reconciled(rules, reporter)
         finally:
             rules.close()
 
-    async def _keep_reconciled(self, rules: Rules, reporter: Reporter) -> None:
+    async def _start(self, rules: Rules, parameters: Parameters) -> int:
+        """Have the kernel forward all that is known; the revision that it has then."""
+        self._pending = _NOTHING
+        revision = self._state.revision
+        begun = await self._occupancy.begin(rules.read_some)
+        await rules.start(parameters)
+        self._occupancy.secured(begun)
+        self._forwarding.set()
+        systemd.notify("READY=1")
+        gc.collect()
+        gc.freeze()  # what was loaded stays; no collection walks it again
+        gc.enable()
+        return revision
+
+    async def _keep_reconciled(self, rules: Rules, reporter: Reporter) -> NoReturn:
+        """Have the kernel follow, as long as etcd holds the truth."""
         held = False
         while True:
             await self._changed.wait()
@@ -300,7 +314,9 @@ class Agent:
             touched, self._pending = self._pending, _NOTHING
             heard = self._heard
             revision = self._state.revision
-            await rules.reconcile(self._state.settle(touched))
+            touched = await self._occupancy.secure(touched)
+            await rules.reconcile(touched)
+            self._occupancy.secured(touched)
             reporter.applied(revision)
             if touched.services:
                 self._tally.publishing.add(time.monotonic() - heard)
@@ -313,6 +329,7 @@ class Agent:
         yield from self._admin.problems
         yield from rules.problems()
         yield from self._published.problems()
+        yield from self._occupancy.problems()
         yield from self._state.problems()
 
     def _unready(self) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from mesh.agent import etcd, lock, predecessor, remark
 from mesh.agent.network import Network
 from mesh.agent.state import State
-from mesh.dataplane import host, sysctl, xttidy
+from mesh.dataplane import host, localports, sysctl, xttidy
 from mesh.dataplane.firewall import Firewall
 from mesh.engine import backend
 from mesh.errors import StoreUnavailable
@@ -54,6 +54,7 @@ async def _remove(config: AgentConfig) -> None:
         xttidy.remove_empty()
         await network.remove()
         await remark.give_back(layout)
+        localports.give_back(Path(config.state_dir))
     finally:
         await network.close()
     log.info("removed rules, links and routes")
@@ -68,6 +69,7 @@ async def _sign_off(config: AgentConfig, keys: schema.Keys) -> None:
         async with etcd.opened(config.etcd) as store:
             await store.delete(keys.alive(config.node))
             await store.delete(keys.applied(config.node))
+            await store.delete(keys.listeners(config.node))
             for item in (await store.list(keys.published(config.node))).items:
                 await store.delete(item.key)
     except StoreUnavailable as error:

@@ -79,6 +79,7 @@ class Rules:
     ) -> None:
         layout = parameters.layout
         self._driver = chosen.driver
+        self.read_some = chosen.driver.read_some
         self._flows = Flows(Conntrack(layout), layout, tally.not_forgotten)
         self._tally = tally
         flavour = chosen.driver.name.removeprefix("iptables-")

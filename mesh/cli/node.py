@@ -182,7 +182,9 @@ def inspect(name: str) -> None:
     seen = options.in_store(world.read)
     if name not in seen.nodes:
         raise errors.NotFound(f"no readable node {name!r}: `mesh node ls` lists them")
-    found = describe(seen, name) | {"tasks": seen.tasks_on(name)}
+    listening = seen.listening.get(name)
+    listeners = listening.listeners if listening is not None else ()
+    found = describe(seen, name) | {"tasks": seen.tasks_on(name), "listeners": listeners}
     if options.as_json():
         output.document(found)
     else:
@@ -213,7 +215,8 @@ async def _remove(session: Session, name: str, *, force: bool) -> list[str]:
     seen, keys = await world.read(session), session.keys
     if await session.store.get(keys.node(name)) is None:
         raise errors.NotFound(f"no node {name!r}: `mesh node ls` lists them")
-    of_node = [keys.node(name), keys.maintenance(name), keys.applied(name), keys.cursors(name)]
+    kept = (keys.node, keys.maintenance, keys.applied, keys.cursors, keys.listeners)
+    of_node = [key(name) for key in kept]
     result = await session.store.transact(
         () if force else (Compare(keys.alive(name), 0),), [Delete(key) for key in of_node]
     )

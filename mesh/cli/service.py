@@ -76,11 +76,12 @@ async def _write_new(
     session: Session, wanted: ServiceSpec, changes: Changes
 ) -> tuple[ServiceSpec, int]:
     """Write a spec if it and its ports are free; it, and the revision of the write."""
-    from mesh.cli import world
+    from mesh.cli import listeners, world
     from mesh.store import schema
     from mesh.store.protocol import Compare, Put
 
-    spec = changes.allowed(wanted, (), world.cluster(session))
+    occupied = await listeners.read(session)
+    spec = changes.allowed(wanted, (), world.cluster(session), occupied)
     key = session.keys.service(spec.name)
     written = await session.store.transact(
         (Compare(key, 0), *await _free_ports(session, spec)), (Put(key, schema.encode(spec)),)
@@ -96,7 +97,7 @@ async def _write_new(
 
 async def _replace(session: Session, name: str, changes: Changes) -> tuple[ServiceSpec, int]:
     """Write the changed spec; what it is now, and the revision of the write."""
-    from mesh.cli import world
+    from mesh.cli import listeners, world
     from mesh.store import schema
     from mesh.store.protocol import Compare, Put
 
@@ -106,7 +107,8 @@ async def _replace(session: Session, name: str, changes: Changes) -> tuple[Servi
     with options.naming(f"service {name}"):
         old = schema.parse_service(found.key, found.value)
         spec = changes.made(old)
-    spec = changes.allowed(spec, old.ports, world.cluster(session))
+    occupied = await listeners.read(session)
+    spec = changes.allowed(spec, old.ports, world.cluster(session), occupied)
     written = await session.store.transact(
         (Compare(found.key, found.mod_revision), *await _free_ports(session, spec)),
         (Put(found.key, schema.encode(spec)),),

@@ -14,6 +14,7 @@ from mesh.cli import options
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mesh.cli.listeners import Occupied
     from mesh.model.cluster import Cluster
     from mesh.model.publish import PublishedPort
     from mesh.model.publish_syntax import Chosen
@@ -53,7 +54,9 @@ _PORT_OPTIONS = (
         help="Where ports answer that do not say: on the nodes that run the service, or on every "
         "node [env: MESH_PUBLISH_MODE; publish_mode in the configuration].",
     ),
-    click.option("--force", is_flag=True, help="Publish protected ports too (not the mesh's own)."),
+    click.option(
+        "--force", is_flag=True, help="Publish ports that are protected or used by a process, too."
+    ),
 )
 _CHANGES = (
     click.option(
@@ -142,16 +145,22 @@ class Changes:
         return msgspec.structs.replace(spec, **{**self.fields, "ports": tuple(ports)})
 
     def allowed(
-        self, spec: ServiceSpec, known: tuple[PublishedPort, ...], cluster: Cluster
+        self,
+        spec: ServiceSpec,
+        known: tuple[PublishedPort, ...],
+        cluster: Cluster,
+        occupied: Occupied,
     ) -> ServiceSpec:
-        """The spec with its protected ports forced.  Raises Conflict where one may not be.
+        """The spec with its protected ports forced, and those that processes of nodes have.
 
-        Not about ports that are `known`, which were there before.
+        Raises Conflict where one may not be.  Not about ports that are `known`, which were there
+        before.
         """
         import msgspec
 
         ports = tuple(
-            port if port in known else _checked(port, cluster, self.force) for port in spec.ports
+            port if port in known else _checked(port, cluster, occupied, self.force)
+            for port in spec.ports
         )
         return msgspec.structs.replace(spec, ports=ports)
 
@@ -161,22 +170,29 @@ def _place(port: PublishedPort) -> tuple[object, ...]:
     return port.host_ip, port.published, port.protocol, port.target
 
 
-def _checked(port: PublishedPort, cluster: Cluster, force: bool) -> PublishedPort:
+def _checked(
+    port: PublishedPort, cluster: Cluster, occupied: Occupied, force: bool
+) -> PublishedPort:
     """A port, forced if it has to be and may be.  Raises Conflict."""
     import msgspec
 
-    from mesh.model import protected
+    from mesh.model import listener, protected
+    from mesh.model.publish import PublishMode
 
     if port.published is None:
         return port
-    guard = protected.protection(cluster, port.protocol, port.published)
-    if guard is None:
+    place = (port.protocol, port.published)
+    guard = protected.protection(cluster, *place)
+    user = occupied.get(place) if port.mode is PublishMode.INGRESS else None
+    if guard is None and user is None:
         return port
-    if not (guard.forcible and force):
+    if guard is not None and not (guard.forcible and force):
         remedy = " (--force)" if guard.forcible else ""
         raise errors.Conflict(
             f"--publish: port {port.published}/{port.protocol.value} {guard.reason}{remedy}"
         )
+    if user is not None and not force:
+        raise errors.Conflict(f"--publish: {listener.refusal(place, *user)}")
     return msgspec.structs.replace(port, force=True)
 
 

@@ -13,6 +13,7 @@ from mesh import errors
 from mesh.agent import state
 from mesh.cli import output
 from mesh.model.cluster import Cluster
+from mesh.model.listener import Listening
 from mesh.model.report import Applied, Health, Problem, Status
 from mesh.store import schema
 
@@ -46,6 +47,7 @@ class World:
     health: dict[tuple[str, str], Health] = field(default_factory=dict)
     published: dict[tuple[str, str], tuple[PortMapping, ...]] = field(default_factory=dict)
     applied: dict[str, Applied] = field(default_factory=dict)
+    listening: dict[str, Listening] = field(default_factory=dict)
     reports: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
     reported: dict[tuple[str, str], int] = field(default_factory=dict)
     leader: str | None = None
@@ -144,6 +146,8 @@ class World:
                 self.published[node, task] = schema.parse_mappings(item.key, item.value) or ()
             case ["applied", name]:
                 self.applied[name] = schema.decode(item.key, item.value, Applied)
+            case ["listeners", name]:
+                self.listening[name] = schema.decode(item.key, item.value, Listening)
             case ["health", node, task]:
                 self.health[node, task] = schema.decode(item.key, item.value, Health)
             case ["status", "leader"]:

@@ -117,17 +117,23 @@ class _Choice:
     def fresh(
         self, pool: Pool, span: range, reserved: frozenset[int] = frozenset()
     ) -> Place | None:
-        """A place nobody has; None, and the owner waits for the pool, if there is none.
+        """A place nobody has, and no process of a node listens on; None, and the owner waits for
+        the pool, if there is none.
 
         Node numbers are as low as possible; other numbers rest for a round after they were freed.
         """
         if pool in self._waits:
             return None
-        taken, number = self._picture.taken[pool], None
+        taken, occupied, number = self._picture.taken[pool], self._picture.occupied, None
         cursor = self._cursors.get(pool, self._picture.cursors.get(pool, span.start))
         if pool not in self._picture.exhausted:
             number = spans.next_fit(
-                lambda n: n in taken or n in reserved or Place(pool, n) in self._puts,
+                lambda n: (
+                    n in taken
+                    or n in reserved
+                    or (place := Place(pool, n)) in self._puts
+                    or place in occupied
+                ),
                 span,
                 cursor,
             )

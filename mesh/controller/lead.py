@@ -55,7 +55,7 @@ async def lead(
         follower = Follower(
             store,
             keys.cluster,
-            *(keys.under(kind) for kind in ("services", "nodes", "allocations")),
+            *(keys.under(kind) for kind in ("services", "nodes", "allocations", "listeners")),
             *(keys.under(f"status/{kind}") for kind in ("services", "nodes")),
         )
         news: _News = asyncio.Queue()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -20,6 +20,7 @@ import msgspec
 from mesh.errors import InvalidRecord
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
+from mesh.model.listener import Listening
 from mesh.model.publish import Protocol
 from mesh.model.report import Status
 from mesh.model.service import ServiceSpec
@@ -109,6 +110,10 @@ class Picture:
     held: defaultdict[Owner, set[Place]] = field(default_factory=lambda: defaultdict(set))
     cursors: dict[Pool, int] = field(default_factory=dict)
     statuses: dict[Owner, Status] = field(default_factory=dict)
+    listened: dict[str, frozenset[Place]] = field(default_factory=dict)
+    """The ports on which processes of a node listen, by node."""
+    occupied: Counter[Place] = field(default_factory=Counter)
+    """On how many nodes some process listens on a port."""
     exhausted: set[Pool] = field(default_factory=set)
     """Pools found to be full, until a place of theirs is freed or the cluster changes."""
     flaws: dict[str, str] = field(default_factory=dict)
@@ -232,6 +237,8 @@ class Picture:
                     self._put_allocation(place, item)
             case ["status", "services" | "nodes" as kind, *name]:
                 self._put_status(Owner(kind, "/".join(name)), item)
+            case ["listeners", node]:
+                self._put_listeners(node, item)
             case _:
                 pass
 
@@ -255,6 +262,8 @@ class Picture:
                 owner = Owner(kind, "/".join(name))
                 self.statuses.pop(owner, None)
                 self.mark(owner)
+            case ["listeners", node]:
+                self._listen(node, frozenset())
             case _:
                 pass
 
@@ -330,6 +339,31 @@ class Picture:
     def _same(self, key: str, record: T) -> T:
         known: Any = self.known(key)
         return known if known == record else record
+
+    def _put_listeners(self, node: str, item: KeyValue) -> None:
+        try:
+            listeners = schema.decode(item.key, item.value, Listening).listeners
+        except InvalidRecord as error:
+            self.flaws[item.key] = _clipped(error.reason)
+            return
+        self.flaws.pop(item.key, None)
+        places = (Place(PORT_POOLS[one.protocol], one.port) for one in listeners)
+        self._listen(node, frozenset(places))
+
+    def _listen(self, node: str, places: frozenset[Place]) -> None:
+        """Note who listens where; what ends may let those have a port who found none."""
+        before = self.listened.pop(node, frozenset())
+        if places:
+            self.listened[node] = places
+        self.occupied.update(places - before)
+        self.occupied.subtract(before - places)
+        for place in before - places:
+            if not self.occupied[place]:
+                del self.occupied[place]
+        for pool in {place.pool for place in before - places}:
+            self.exhausted.discard(pool)
+            for owner in tuple(self._waiting.get(pool, ())):
+                self.mark(owner)
 
     def _mark_holder(self, place: Place) -> None:
         held = self.taken[place.pool].get(place.number)

@@ -10,6 +10,7 @@ from mesh.dataplane import features, host, sysctl
 from mesh.doctor import check
 from mesh.doctor.check import AS_ROOT
 from mesh.errors import CommandFailed, HostNotReady
+from mesh.model import spans
 from mesh.wg.device import Overlay
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _of_ports(subject: Subject) -> Iterator[Check]:
     if settings[_RANGE] is None:
         return
     low, high = map(int, str(settings[_RANGE]).split())
-    reserved = _ports_of(settings[_RESERVED] or "")
+    reserved = spans.parsed(settings[_RESERVED] or "")
     cluster = subject.cluster
     taken = [
         f"{max(low, first)}-{min(high, last)}"
@@ -164,14 +165,6 @@ def _of_ports(subject: Subject) -> Iterator[Check]:
         f"{_RANGE}={low}-{high} and ports to publish share {', '.join(taken)}",
         f"run `sysctl -w net.ipv4.{_RESERVED}={kept}`",
     )
-
-
-def _ports_of(text: str) -> set[int]:
-    found = set[int]()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return found
 
 
 def _of_conntrack() -> Iterator[Check]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
-from mesh.containers import listening
-from mesh.dataplane import features, host, nfmessages, witness
+from mesh.dataplane import features, host, nfmessages, sockdiag, witness
 from mesh.dataplane.nfnetlink import BRIDGE, Socket
 from mesh.delta import Delta
 from mesh.doctor import check
@@ -183,11 +181,17 @@ def _of_program(subject: Subject, name: str, examined: Examined) -> Check:
 def _of_listeners(held: Elements) -> Iterator[Check]:
     """Published ports that a process of this host listens on, too: it hears nothing from there."""
     published = set(_published(held))
-    listened = {
-        (protocol.number, port): protocol for protocol, port in listening.listened(os.getpid())
+    sockets = {
+        one
+        for one in sockdiag.listening()
+        if (one.protocol.number, one.port) in published and sockdiag.listener(one).meets(None)
     }
-    taken = [f"{key[1]}/{listened[key].value}" for key in sorted(published & listened.keys())]
-    if taken:
+    if sockets:
+        owners = sockdiag.owners({one.inode for one in sockets})
+        taken = sorted(
+            f"{one.port}/{one.protocol.value} ({sockdiag.listener(one, owners[one.inode]).owner})"
+            for one in sockets
+        )
         fix = "move the process or the service to another port"
         text = f"a process of this host listens on published ports: {', '.join(taken)}"
         yield check.warn("listeners", text, fix)

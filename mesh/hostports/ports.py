@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from mesh.hostports.allocator import Numbers, Room, Want, Wish
 from mesh.hostports.claims import Claims
+from mesh.hostports.occupied import Occupied
 from mesh.model import protected
+from mesh.model.listener import Binding, refusal
 from mesh.model.mapping import PortMapping
 from mesh.model.publish import Protocol, PublishMode
 from mesh.model.report import Problem
@@ -20,9 +22,10 @@ from mesh.model.task import TaskState
 from mesh.model.view import HostClaim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from mesh.model.cluster import Cluster
+    from mesh.model.listener import Listener, Port
     from mesh.model.mapping import Cursors
     from mesh.model.publish import PublishedPort
     from mesh.model.service import ServiceSpec
@@ -52,6 +55,7 @@ class HostPorts:
 
     def __init__(self, node: str) -> None:
         self._node = node
+        self.occupied = Occupied(node)
         self._cluster: Cluster | None = None
         self._services: dict[str, _Here] = {}
         self._claims = Claims()
@@ -71,6 +75,7 @@ class HostPorts:
         self, service: str, spec: ServiceSpec | None, tasks: Iterable[tuple[Task, int]]
     ) -> frozenset[str]:
         """Replace what a service wants here; the services whose granted ports that changes."""
+        self.occupied.insist(service, spec)
         ports = [p for p in spec.ports if p.mode is PublishMode.HOST] if spec is not None else []
         here = tuple(tasks) if ports else ()
         if here:
@@ -85,6 +90,7 @@ class HostPorts:
 
         Returns the services whose granted ports changed.
         """
+        self.occupied.reserve((protocol, published), service)
         changed = self._claims.reserve(protocol, published, service)
         if service is not None:
             changed |= self._claim(self._numbers.displace(protocol, published))
@@ -99,6 +105,23 @@ class HostPorts:
         barred = {protocol: protected.barred(cluster, protocol) for protocol in Protocol}
         self._numbers.confine(Room(range(low, high + 1), barred))
         return self._claim(tuple(self._services))
+
+    def observe(
+        self, listeners: Mapping[Port, tuple[Listener, ...]], busy: frozenset[Port]
+    ) -> frozenset[str]:
+        """Who listens on this node, and which ports cannot be had for another reason; the services
+        whose ports that changes.
+        """
+        ports = self.occupied.observe(listeners, busy)
+        services = {s for p in ports if (s := self.occupied.ingress_service(p)) is not None}
+        if not ports:
+            return _NOBODY
+        losing = set(_services_on(self._services, ports))
+        for protocol, number in ports:
+            taken = self.occupied.is_taken(protocol, number)
+            if taken and not self.occupied.is_in_force(protocol, number):
+                losing |= self._numbers.displace(protocol, number)
+        return self._claim(losing) | services
 
     def resume(self, cursors: Cursors) -> None:
         """Where the agent before this one would have gone on."""
@@ -155,6 +178,7 @@ class HostPorts:
         """Ports that somebody wants and does not get here, and why."""
         for problems in self._barred.values():
             yield from problems
+        yield from self.occupied.problems()
         for claim, owner in self._claims.all_refused():
             holder = f"task {owner.task} of service {owner.service}"
             if not owner.task:
@@ -196,28 +220,32 @@ class HostPorts:
             age = created if task.state is TaskState.RUNNING else created + _YIELDING
             for want, port in _wants(service, task, here.ports):
                 protocol, published = port.protocol, port.published
-                reason = self._reason(port) if published is not None else None
+                reason = self._reason(service, port) if published is not None else None
                 if published is None:
                     published = self._numbers.number(want)
                 if reason is not None:
-                    message = f"port {published}/{protocol.value} on node {self._node} {reason}"
-                    barred.append(Problem(about=_of(task.id, service), message=message))
+                    barred.append(Problem(about=_of(task.id, service), message=reason))
                 elif published is not None:
                     first = 0 if port.published is None else age
                     place = (published, port.target, port.host_ip)
                     claims.append(HostClaim(service, task.id, protocol, *place, first))
         return claims, barred
 
-    def _reason(self, port: PublishedPort) -> str | None:
+    def _reason(self, service: str, port: PublishedPort) -> str | None:
         """Why the port that is asked for is not given."""
         if self._cluster is None or port.published is None:
             return None
-        guard = protected.protection(self._cluster, port.protocol, port.published)
-        return None if guard is None or (guard.forcible and port.force) else guard.reason
+        place = (port.protocol, port.published)
+        guard = protected.protection(self._cluster, *place)
+        if guard is not None and not (guard.forcible and port.force):
+            return f"port {place[1]}/{place[0].value} on node {self._node} {guard.reason}"
+        who = self.occupied.in_the_way(service, Binding(*place, port.host_ip))
+        return refusal(place, self._node, who) if who is not None else None
 
     def _is_taken(self, want: Want, number: int) -> bool:
         """Whether a number is not free to be given out."""
         reserved = self._claims.is_reserved(want.protocol, number)
+        reserved = reserved or self.occupied.is_taken(want.protocol, number)
         return reserved or bool(self._claims.claimants(want.protocol, number))
 
     def _is_lost(self, want: Want, number: int) -> bool:
@@ -227,6 +255,8 @@ class HostPorts:
         """
         if self._claims.is_reserved(want.protocol, number):
             return True
+        if self.occupied.is_taken(want.protocol, number):
+            return not self.occupied.is_in_force(want.protocol, number)
         return (want.service, want.task) in self._claims.claimants(want.protocol, number)
 
     # ---- records
@@ -254,6 +284,13 @@ def _keep(known: dict[str, tuple[T, ...]], service: str, things: tuple[T, ...]) 
     known.pop(service, None)
     if things:
         known[service] = things
+
+
+def _services_on(services: Mapping[str, _Here], ports: frozenset[Port]) -> Iterator[str]:
+    """The services that ask for one of these ports."""
+    for service, here in services.items():
+        if any((p.protocol, p.published) in ports for p in here.ports):
+            yield service
 
 
 def _of(task: str, service: str) -> str:

@@ -100,6 +100,12 @@ class Cluster(
         )
 
     @property
+    def dynamic_ports(self) -> tuple[range, range]:
+        """The ports that are given to who names none, in ingress and in host mode."""
+        (first, last), (low, high) = self.ingress_ports, self.host_ports
+        return range(first, last + 1), range(low, high + 1)
+
+    @property
     def capacity(self) -> int:
         """How many nodes the pools have room for."""
         overlay = (1 << (32 - address.prefix_length(self.overlay4))) - 2

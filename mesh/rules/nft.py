@@ -55,7 +55,7 @@ def lower(forwarding: Forwarding, ids: Ids) -> Elements:
     """Everything the kernel must hold for one forwarding, in both families."""
     number, layout = ids.of(forwarding.key), ids.layout
     found: Elements = {}
-    keys = _frontend_keys(forwarding.frontends)
+    keys = frontend_keys(forwarding.frontends)
     for is_v6, sets in enumerate(_SETS):
         if keys[is_v6]:
             backends = [b for b in forwarding.backends if (":" in b.address) == is_v6]
@@ -72,7 +72,7 @@ def lower(forwarding: Forwarding, ids: Ids) -> Elements:
     return found
 
 
-def _frontend_keys(frontends: Iterable[Frontend]) -> tuple[list[ElementKey], list[ElementKey]]:
+def frontend_keys(frontends: Iterable[Frontend]) -> tuple[list[ElementKey], list[ElementKey]]:
     """The elements whose data is the mark, of each family."""
     found: tuple[list[ElementKey], list[ElementKey]] = [], []
     for frontend in frontends:
@@ -143,7 +143,7 @@ def adopt(forwardings: Iterable[Forwarding], actual: Elements, ids: Ids) -> None
     What a restarted agent finds it keeps: same id, same mark, no element to write.
     """
     for forwarding in forwardings:
-        for key in chain.from_iterable(_frontend_keys(forwarding.frontends)):
+        for key in chain.from_iterable(frontend_keys(forwarding.frontends)):
             data = actual.get(key)
             if data is not None and ids.adopt(
                 forwarding.key, ids.layout.id_of(elements.mark_of(data))

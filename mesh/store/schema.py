@@ -14,6 +14,7 @@ import msgspec
 from mesh.errors import InvalidRecord
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
+from mesh.model.listener import Listening
 from mesh.model.mapping import Cursors, PortMapping
 from mesh.model.node import Node
 from mesh.model.publish import PORTS, Protocol
@@ -109,6 +110,10 @@ class Keys:
     def cursors(self, node: str) -> str:
         """Where a node's search for dynamic host ports goes on."""
         return f"{self.prefix}/cursors/{node}"
+
+    def listeners(self, node: str) -> str:
+        """What the processes of a node listen on."""
+        return f"{self.prefix}/listeners/{node}"
 
     @property
     def leader(self) -> str:
@@ -209,6 +214,7 @@ def json_schema() -> dict[str, object]:
         "health": Health,
         "published": tuple[PortMapping, ...],
         "cursors": Cursors,
+        "listeners": Listening,
     }
     schemas, components = msgspec.json.schema_components(
         kinds.values(), ref_template="#/$defs/{name}"
