@@ -132,13 +132,35 @@ def _bind(binding: Binding) -> socket.socket | None:
     try:
         for option in _options(one, binding):
             one.setsockopt(*option)
-        one.bind((binding.address or ("::" if one.family is socket.AF_INET6 else ""), binding.port))
+        where = (
+            binding.address or ("::" if one.family is socket.AF_INET6 else ""),
+            binding.port,
+        )
+        try:
+            one.bind(where)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or binding.protocol is not Protocol.TCP:
+                raise
+            _bind_beside_the_closed(one, where)
         if binding.protocol is Protocol.UDP:  # what nobody would read is not even received
             one.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, NO_DEVICE)
     except OSError:
         one.close()
         raise
     return one
+
+
+def _bind_beside_the_closed(one: socket.socket, where: tuple[str, int]) -> None:
+    """Bind where connections of a server that is gone wait for their end (TIME_WAIT, a minute).
+
+    That takes SO_REUSEADDR, with which others could bind there as well; to have listened, be it for
+    a microsecond, ends that (inet_csk_update_fastreuse).  Fails where anybody else listens.
+    """
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind(where)
+    one.listen(0)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    one.shutdown(socket.SHUT_RDWR)
 
 
 def _open(binding: Binding) -> socket.socket:
