@@ -129,8 +129,9 @@ class Occupancy:
         """Look for ever."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            if self._unheld:
-                self._unheld = set(self._reservation.hold(self._unheld))
+            if self._unheld or self._reservation.lacking:
+                again = self._unheld | self._reservation.lacking
+                self._unheld = set(self._reservation.hold(again))
                 self._store.keep(self._reservation.changed())
             before = self._sockets, self._busy
             touched = await self.look()

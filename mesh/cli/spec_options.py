@@ -114,7 +114,7 @@ def _with(verb: F, wanted: tuple[Callable[[F], F], ...]) -> F:
 class Changes:
     """What is to become of a spec: fields that are replaced, ports that come and go.
 
-    `force` publishes protected ports too.
+    `force` publishes ports that are protected, or used by a process, too.
     """
 
     fields: dict[str, Any]
@@ -123,7 +123,7 @@ class Changes:
     force: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.fields or self.added or self.removed)
+        return bool(self.fields or self.added or self.removed or self.force)
 
     def made(self, spec: ServiceSpec) -> ServiceSpec:
         """The spec with them.  Raises NotFound for a port that is not there, and ValueError for
@@ -151,7 +151,7 @@ class Changes:
         cluster: Cluster,
         occupied: Occupied,
     ) -> ServiceSpec:
-        """The spec with its protected ports forced, and those that processes of nodes have.
+        """The spec with ports forced that are protected, or that processes of nodes listen on.
 
         Raises Conflict where one may not be.  Not about ports that are `known`, which were there
         before.
@@ -159,7 +159,9 @@ class Changes:
         import msgspec
 
         ports = tuple(
-            port if port in known else _checked(port, cluster, occupied, self.force)
+            port
+            if port in known and not self.force
+            else _checked(port, cluster, occupied, self.force)
             for port in spec.ports
         )
         return msgspec.structs.replace(spec, ports=ports)
@@ -183,7 +185,7 @@ def _checked(
         return port
     place = (port.protocol, port.published)
     guard = protected.protection(cluster, *place)
-    user = occupied.get(place) if port.mode is PublishMode.INGRESS else None
+    user = occupied.get(place)
     if guard is None and user is None:
         return port
     if guard is not None and not (guard.forcible and force):
@@ -192,6 +194,8 @@ def _checked(
             f"--publish: port {port.published}/{port.protocol.value} {guard.reason}{remedy}"
         )
     if user is not None and not force:
+        if port.mode is PublishMode.HOST:  # where its tasks will be, nobody knows yet
+            return port
         raise errors.Conflict(f"--publish: {listener.refusal(place, *user)}")
     return msgspec.structs.replace(port, force=True)
 

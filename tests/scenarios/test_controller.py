@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from mesh.model.listener import Listener, Listening
 from mesh.model.publish import Protocol, PublishedPort
 from mesh.store.memory import MemoryStore
 from mesh.store.schema import encode
@@ -344,3 +345,39 @@ async def test_what_was_deleted_while_nobody_led_is_freed(world: Allocations) ->
     assert await world.vips() == {}
     assert await world.ports() == {}
     assert await world.problems() == {}
+
+
+async def listen(world: Allocations, node: str, *ports: int) -> None:
+    listeners = (Listener(protocol=Protocol.TCP, port=n, process="x", pid=1) for n in ports)
+    await world.store.put(KEYS.listeners(node), encode(Listening(listeners=tuple(listeners))))
+
+
+async def test_dynamic_ports_on_which_some_node_listens_are_not_given_out(
+    world: Allocations,
+) -> None:
+    await listen(world, "n1", 30000)
+    await listen(world, "n2", 30000, 30001)
+    await world.service("a", ingress(None))
+    await world.service("b", ingress(None))
+
+    async with world.controller():
+        await world.settled()
+        before, told = await world.ports(), await world.problems()
+        await listen(world, "n2", 30000)
+        await world.settled()
+        after = await world.ports()
+
+    assert before == {"tcp/30002": ("a", 80)}
+    assert told == {"services/b": ("80/tcp",)}
+    assert after == {"tcp/30002": ("a", 80), "tcp/30001": ("b", 80)}
+
+
+async def test_a_port_that_is_named_is_given_whoever_listens(world: Allocations) -> None:
+    await listen(world, "n1", 30000)
+    await world.store.put(KEYS.listeners("n2"), b"?")
+    await world.service("a", ingress(30000))
+
+    async with world.controller():
+        await world.settled()
+
+    assert await world.ports() == {"tcp/30000": ("a", 80)}

@@ -77,7 +77,7 @@ BAD_USAGE = [
     (["service", "update", "web", "-p", "1", "--publish-rm", "2"], "--publish", "--publish-add"),
     (["service", "update", "web", "--publish-add", "x"], "--publish-add", "invalid target port"),
     (["service", "update", "web", "--publish-rm", "x"], "--publish-rm", "invalid target port"),
-    (["service", "update", "web", "--force"], "service web", "nothing to change"),
+    (["service", "update", "web"], "service web", "nothing to change"),
     ([*CREATE, "-p", "80:1", "-p", "80:2"], "service new", "published twice"),
     ([*CREATE, "-p", "80:1", "--publish-mode", "all"], "--publish-mode", "'host', 'ingress'"),
     ([*CREATE, "--publish-mode", "ingress"], "--publish-mode", "--publish [HOST:]CTR"),

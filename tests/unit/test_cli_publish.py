@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -314,3 +315,52 @@ def test_a_thousand_ports_are_shown_as_fast_as_one() -> None:
     view = ServiceView(ServiceSpec(name="web", ports=asked), ingress=given)
 
     assert ports.notation(ports.assign(view)) == "*:10000-10999->10000-10999/tcp"
+
+
+# ---- ports that processes of nodes have
+
+
+def _listen(cli: CommandLine, node: str, number: int) -> None:
+    one = {"protocol": "tcp", "port": number, "process": "nginx", "pid": 812}
+    cli.put(KEYS.listeners(node), {"listeners": [one]})
+
+
+def test_an_ingress_port_that_a_node_uses_is_refused_with_who_has_it(cli: CommandLine) -> None:
+    _listen(cli, "n1", 8080)
+
+    refused = cli.run(*CREATE, "-p", "8080:80", "--publish-mode", "ingress")
+    elsewhere = cli.run(*CREATE, "-p", "8081:80", "--publish-mode", "ingress")
+
+    assert refused.exit_code == 4
+    assert "port 8080/tcp on node n1 is used by nginx (pid 812): stop it" in refused.stderr
+    assert elsewhere.exit_code == 0
+
+
+def test_ports_that_nodes_use_are_published_by_force(cli: CommandLine) -> None:
+    _listen(cli, "n1", 8080)
+    cli.ok(*CREATE, "-p", "8080:80", "-p", "8081:80")
+    before = [port.get("force", False) for port in stored(cli)]
+
+    cli.ok(*UPDATE, "--force")
+
+    assert before == [False, False]  # in host mode nobody knows where the tasks will be
+    assert [port.get("force", False) for port in stored(cli)] == [True, False]
+
+
+def test_what_a_dead_node_listened_on_keeps_nobody_from_a_port(cli: CommandLine) -> None:
+    _listen(cli, "n2", 8080)
+    asyncio.run(cli.store.delete(KEYS.alive("n2")))
+
+    cli.ok(*CREATE, "-p", "8080:80", "--publish-mode", "ingress")
+
+    assert published(cli) == ["8080->80/tcp ingress"]
+
+
+def test_a_removed_node_leaves_no_listeners(cli: CommandLine) -> None:
+    _listen(cli, "n2", 8080)
+    shown = cli.ok("node", "inspect", "n2")
+
+    cli.ok("node", "rm", "n2", "--force")
+
+    assert "nginx" in shown
+    assert cli.get(KEYS.listeners("n2")) is None
