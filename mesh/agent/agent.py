@@ -14,7 +14,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from mesh.agent import listeners, remark, systemd
+from mesh.agent import listeners, remark, systemd, writeback
 from mesh.agent.admin import Admin
 from mesh.agent.metrics import Metrics
 from mesh.agent.network import Network
@@ -73,7 +73,8 @@ class Agent:
         prefixes = (f"{self._keys.prefix}/{kind}" for kind in KINDS)
         self._changed = asyncio.Event()
         self._published = Published(
-            *(store, self._keys, config.node, self._state.hostports, self._changed.set)
+            *(store, self._keys, config.node, self._state.hostports, self._changed.set),
+            writeback.outlets(config),
         )
         self._follower = Follower(store, *prefixes, self._published.prefix)
         self._network = Network(config, self._state)

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import etcd, lock, predecessor, remark
+from mesh.agent import etcd, lock, predecessor, remark, writeback
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, localports, sysctl, xttidy
@@ -55,6 +55,7 @@ async def _remove(config: AgentConfig) -> None:
         await network.remove()
         await remark.give_back(layout)
         localports.give_back(Path(config.state_dir))
+        await writeback.withdraw(config)
     finally:
         await network.close()
     log.info("removed rules, links and routes")

@@ -100,7 +100,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     `endpoints` are where WireGuard answers ("192.0.2.1" or "192.0.2.1:51820"), best first; empty
     means: the addresses of the interface with the default route.  `publish_mode` is the command
-    line's, for ports that do not say.
+    line's, for ports that do not say.  `published_dir` is where the host ports of each task are
+    kept as a file, too, and `published_hook` the command that is told of them.
     """
 
     node: str
@@ -117,12 +118,18 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     steering_device: str = "warren-x0"
     bridge: str = "warren-br0"
     publish_mode: PublishMode = PublishMode.HOST
+    published_dir: str | None = None
+    published_hook: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.node, "node")
         for endpoint in self.endpoints:
             if not _is_address(endpoint):
                 split_endpoint(endpoint)
+        if self.published_dir is not None and not self.published_dir.startswith("/"):
+            raise ValueError(f"published_dir {self.published_dir!r} is not an absolute path")
+        if self.published_hook and not self.published_hook[0].startswith("/"):
+            raise ValueError(f"published_hook {self.published_hook[0]!r} is not an absolute path")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
         if self.firewall not in FIREWALLS:

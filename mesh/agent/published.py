@@ -1,7 +1,7 @@
 """Writes down which host ports this node publishes: `/mesh/published/<node>/<task>`.
 
-Owns these records and the node's cursors; what they say is decided in mesh.hostports.  Writes only
-when told that the kernel has it.
+Owns these records and the node's cursors, and has programs of the host told (writeback); what they
+say is decided in mesh.hostports.  Writes only when told that the kernel has it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from mesh.agent.writeback import Writeback
 from mesh.errors import InvalidRecord, StoreUnavailable
 from mesh.model.mapping import Cursors
 from mesh.model.report import Problem
@@ -17,8 +18,9 @@ from mesh.store import schema
 from mesh.store.protocol import MAX_OPERATIONS, Delete, Put, Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+    from mesh.agent.writeback import Outlet
     from mesh.hostports.ports import HostPorts
     from mesh.store.protocol import Changes, Store
     from mesh.store.schema import Keys
@@ -37,8 +39,15 @@ class Published:
     """The records of one node, kept in line with its host ports."""
 
     def __init__(
-        self, store: Store, keys: Keys, node: str, ports: HostPorts, told: Callable[[], None]
+        self,
+        store: Store,
+        keys: Keys,
+        node: str,
+        ports: HostPorts,
+        told: Callable[[], None],
+        outlets: Iterable[Outlet] = (),
     ) -> None:
+        self._writebacks = tuple(Writeback(outlet, ports, told) for outlet in outlets)
         self._store = store
         self._keys = keys
         self._node = node
@@ -65,6 +74,8 @@ class Published:
         for task in sorted(self._too_large):
             message = "publishes too many ports to list them in etcd: they work, but are not shown"
             yield Problem(about=f"task {task}", message=message)
+        for writeback in self._writebacks:
+            yield from writeback.problems()
 
     async def load(self) -> None:
         """Go on where the agent before this one was.  The records come with the first snapshot."""
@@ -81,10 +92,14 @@ class Published:
         """Write from now on, and at once."""
         self.wake()
         tasks.create_task(self.run(), name="published")
+        for writeback in self._writebacks:
+            tasks.create_task(writeback.run(), name="writeback")
 
     def wake(self) -> None:
         """The kernel has what is granted now."""
         self._wake.set()
+        for writeback in self._writebacks:
+            writeback.wake()
 
     async def run(self) -> None:
         """Write for ever."""

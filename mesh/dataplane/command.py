@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -16,7 +17,7 @@ from mesh.dataplane import observe
 from mesh.errors import CommandFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 _PACKAGES: Final = {
     "bridge": "iproute2",
@@ -38,17 +39,19 @@ async def run(
     input: str | None = None,
     timeout: float = 30.0,
     started: Callable[[int], None] = lambda _: None,
+    environment: Mapping[str, str] | None = None,
 ) -> str:
     """Run `argv` and return its standard output.  Raises CommandFailed.
 
     `input` is standard input, as a file in memory: `wg` opens /dev/stdin by name, which a pipe
     cannot always serve.  `timeout` is in seconds.  `started` is told the process id, in another
     thread.  The failing line of `input`, where the program names one, is attached to the error as
-    a note.
+    a note.  A program with an `environment` of its own is somebody's script: it has a session of
+    its own, too, and whatever it started ends with it at the time-out.
     """
     try:
         with _stdin(input) as stdin:
-            done = await asyncio.to_thread(_run, argv, stdin, timeout, started)
+            done = await asyncio.to_thread(_run, argv, stdin, timeout, started, environment)
         output, errors = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         if done.returncode:
             raise _failure(argv, done.returncode, errors or output, input)
@@ -60,21 +63,36 @@ async def run(
 
 
 def _run(
-    argv: tuple[str, ...], stdin: int, timeout: float, started: Callable[[int], None]
+    argv: tuple[str, ...],
+    stdin: int,
+    timeout: float,
+    started: Callable[[int], None],
+    environment: Mapping[str, str] | None,
 ) -> subprocess.CompletedProcess[bytes]:
     """In a thread with subprocess, which uses vfork(2): asyncio on uvloop forks, and then gRPC's
     fork handlers crash some children before they execute anything.
     """
     try:
-        pipe = subprocess.PIPE
-        with subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=pipe) as process:
+        pipe, script = subprocess.PIPE, environment is not None
+        with subprocess.Popen(
+            argv,
+            stdin=stdin,
+            stdout=pipe,
+            stderr=pipe,
+            env=environment,
+            start_new_session=script,
+        ) as process:
             started(process.pid)
             try:
                 output, errors = process.communicate(timeout=timeout)
             except BaseException:
+                if script:
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 raise
     except FileNotFoundError:
+        if "/" in argv[0]:
+            raise CommandFailed(f"{argv[0]}: no such program") from None
         raise CommandFailed(
             f"{argv[0]} is not installed: apt install {_package(argv[0])}"
         ) from None

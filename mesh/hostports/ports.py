@@ -167,6 +167,10 @@ class HostPorts:
         services = self._published.get(task, {})
         return tuple(chain.from_iterable(services[name] for name in sorted(services)))
 
+    def all_published(self) -> dict[str, tuple[PortMapping, ...]]:
+        """The same of every name that has any."""
+        return {task: self.published(task) for task in self._published if self.published(task)}
+
     def unwritten(self) -> dict[str, tuple[PortMapping, ...]]:
         """The tasks whose record is not what is published of them, and what it should be."""
         found = {task: self.published(task) for task in sorted(self._changed)}

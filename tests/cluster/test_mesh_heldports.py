@@ -6,7 +6,9 @@ from them.  A lab per backend; every test leaves it as it found it.
 
 from __future__ import annotations
 
+import json
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -69,15 +71,20 @@ async def test_nobody_can_take_a_port_that_leads_to_a_service(mesh: Cluster) -> 
 
     before = takers()
     await mesh.kill("n1")
+    files = Path(mesh.node("n1").config).parent / "ports"
+    mesh.configure("n1", published_dir=str(files))
     await mesh.start_again("n1")
     await mesh.settled()
+    await until((files / "a1.json").exists)
+    told = json.loads((files / "a1.json").read_text())
     after, again = takers(), mesh.records.get("published/n1/a1")
     served = await replicas([*mesh.from_outside(HOST, "n1"), *mesh.from_outside(MESHED)])
     await withdraw(mesh, "host", "meshed")
     await until(lambda: takers() == [["n1", "n2"]] * 5, "all of them can be had again")
+    await until(lambda: not list(files.iterdir()), "the file goes with its task")
 
     assert before == after == [["n2"]] * 4 + [[]]
-    assert again == record
+    assert told == again == record
     assert served == {"a1"}
 
 

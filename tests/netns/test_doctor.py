@@ -262,14 +262,14 @@ def test_ports_that_others_use_are_told(cli: CommandLine) -> None:
         udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         udp.bind(("0.0.0.0", 51820))
         tcp = stack.enter_context(socket.socket())
-        tcp.bind(("127.0.0.1", 8080))
+        tcp.bind(("0.0.0.0", 8080))
         tcp.listen()
 
         _, found = checks(cli)
 
     assert (found["udp"]["status"], found["listeners"]["status"]) == ("fail", "warn")
     assert "51820" in found["udp"]["evidence"]
-    assert "8080/tcp" in found["listeners"]["evidence"]
+    assert f"(pid {os.getpid()})" in found["listeners"]["evidence"].partition("8080/tcp (")[2]
 
 
 def test_what_another_backend_left_is_told(cli: CommandLine, backend: str) -> None:

@@ -56,7 +56,7 @@ def held(node: Namespace) -> Iterator[Reservation]:
         yield made
 
 
-def exchange(family: int, protocol: Protocol, port: int) -> str:
+def exchange(family: socket.AddressFamily, protocol: Protocol, port: int) -> str:
     """What becomes of a request to a port of the loopback."""
     with socket.socket(family, KINDS[protocol]) as client:
         client.settimeout(10)
