@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mesh.lab import environment
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.cluster import PORT, Cluster, cluster, host, ingress, until, until_served
@@ -71,8 +72,8 @@ async def test_nobody_can_take_a_port_that_leads_to_a_service(mesh: Cluster) -> 
 
     before = takers()
     await mesh.kill("n1")
-    files = Path(mesh.node("n1").config).parent / "ports"
-    mesh.configure("n1", published_dir=str(files))
+    files = Path(mesh.node("n1").config).parent / "ports"  # the node knows it by another name
+    mesh.configure("n1", published_dir=str(environment.CONFIG.parent / "ports"))
     await mesh.start_again("n1")
     await mesh.settled()
     await until((files / "a1.json").exists)
