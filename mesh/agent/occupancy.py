@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.agent import systemd
 from mesh.dataplane import localports, sockdiag
 from mesh.engine.desired import Touched
-from mesh.hostports import reservation
+from mesh.hostports import occupied, reservation
 from mesh.hostports.reservation import Reservation
 from mesh.model import listener
 from mesh.model.publish import Protocol
@@ -80,7 +80,7 @@ class Occupancy:
         if self._state.cluster is not None:
             localports.reserve(self._state.cluster.dynamic_ports, self._state_dir)
         everything = Touched(self._state.settle(_NOTHING).services | self._state.services(), True)
-        bindings = {name: self._state.bindings(name) for name in everything.services}
+        bindings = {name: self._bindings(name) for name in everything.services}
         sockets = self._listening()
         if sockets is not None:
             await self._name(sockets)
@@ -101,7 +101,7 @@ class Occupancy:
         while True:
             touched = self._state.settle(touched)
             for name in touched.services:
-                self._planned[name] = self._state.bindings(name)
+                self._planned[name] = self._bindings(name)
             wanted = {b for name in touched.services for b in self._planned[name]}
             new = {b for b in wanted if b not in self._reservation and b not in self._unheld}
             self._fresh |= new
@@ -122,6 +122,10 @@ class Occupancy:
         self._unheld -= gone
         self._reservation.release(gone)
         self._store.keep(self._reservation.changed())
+
+    def _bindings(self, service: str) -> frozenset[Binding]:
+        granted = self._state.hostports.granted(service)
+        return occupied.bindings(self._state.ingress(service), granted)
 
     # ---- meanwhile
 
@@ -150,7 +154,8 @@ class Occupancy:
                 return _NOTHING
             await self._name(sockets)
             self._sockets, self._busy = sockets, busy
-            return self._state.observe(self.seen.listeners, busy)
+            services = self._state.hostports.observe(self.seen.listeners, busy)
+            return Touched(services, nodes=False)
 
     def problems(self) -> Iterator[Problem]:
         """What this host does not let the agent know, or hold."""

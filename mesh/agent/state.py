@@ -15,7 +15,6 @@ from mesh.errors import InvalidRecord, clipped
 from mesh.hostports.ports import HostPorts
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
-from mesh.model.listener import Binding
 from mesh.model.publish import Protocol
 from mesh.model.report import Health, Problem
 from mesh.model.service import Prefer
@@ -24,10 +23,9 @@ from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from mesh.model.cluster import NodeNetwork
-    from mesh.model.listener import Listener, Port
     from mesh.model.node import Node
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
@@ -269,12 +267,6 @@ class State:
         """
         return touched._replace(services=touched.services | self.hostports.settle())
 
-    def observe(
-        self, listeners: Mapping[Port, tuple[Listener, ...]], busy: frozenset[Port]
-    ) -> Touched:
-        """Who else listens on this node, and what cannot be bound there; what that touches."""
-        return Touched(self.hostports.observe(listeners, busy), nodes=False)
-
     # ---- problems
 
     def problems(self) -> Iterable[Problem]:
@@ -329,23 +321,15 @@ class State:
             spec=spec,
             tasks=tuple([task for _, _, task in entries]),
             vips=self._vip_addresses(service),
-            ingress=self._ingress(service),
+            ingress=self.ingress(service),
             unhealthy=frozenset(self._unhealthy.get(service, ())),
             host_ports=self.hostports.granted(service),
         )
 
-    def _ingress(self, service: str) -> tuple[IngressPort, ...]:
+    def ingress(self, service: str) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that this node serves."""
         ports = sorted(self._ports.get(service, ()), key=_port_order)
         return self.hostports.occupied.admitted(service, ports)
-
-    def bindings(self, service: str) -> frozenset[Binding]:
-        """The ports of this node that lead to a service."""
-        granted = self.hostports.granted(service)
-        return frozenset(
-            [Binding(port.protocol, port.published, None) for port in self._ingress(service)]
-            + [Binding(claim.protocol, claim.published, claim.address) for claim in granted]
-        )
 
     def _vip_addresses(self, service: str) -> tuple[str, ...]:
         """The allocated addresses that really lie in the VIP range, whatever etcd says."""

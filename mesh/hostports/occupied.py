@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mesh.model.listener import Listener, Port
     from mesh.model.publish import Protocol
     from mesh.model.service import ServiceSpec
-    from mesh.model.view import IngressPort
+    from mesh.model.view import HostClaim, IngressPort
 
 _NOTHING: frozenset[Binding] = frozenset()
 
@@ -138,3 +138,11 @@ class Occupied:
     def _met(self, binding: Binding) -> Listener | None:
         listeners = self._listeners.get(binding[:2], ())
         return next((one for one in listeners if one.meets(binding.address)), None)
+
+
+def bindings(ingress: Iterable[IngressPort], granted: Iterable[HostClaim]) -> frozenset[Binding]:
+    """The ports of this node that lead to a service."""
+    return frozenset(
+        [Binding(port.protocol, port.published, None) for port in ingress]
+        + [Binding(claim.protocol, claim.published, claim.address) for claim in granted]
+    )
