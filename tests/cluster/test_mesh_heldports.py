@@ -48,6 +48,7 @@ async def withdraw(mesh: Cluster, *services: str) -> None:
         mesh.remove(service)
     await mesh.settled()
     await until(lambda: not mesh.records.names("allocations/ports/"), "all ports are free again")
+    await until(lambda: not mesh.records.names("published/"), "no record is left")
 
 
 def can_bind_on(mesh: Cluster, port: int, *protocols: Protocol) -> list[str]:
