@@ -328,8 +328,7 @@ class State:
 
     def ingress(self, service: str) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that this node serves."""
-        ports = sorted(self._ports.get(service, ()), key=_port_order)
-        return self.hostports.occupied.admitted(service, ports)
+        return self.hostports.occupied.admitted(service, self._ports.get(service, ()))
 
     def _vip_addresses(self, service: str) -> tuple[str, ...]:
         """The allocated addresses that really lie in the VIP range, whatever etcd says."""
@@ -386,10 +385,6 @@ _DEPTHS = {
 
 def _task(entry: Entry) -> Task:
     return entry.record  # type: ignore[return-value]
-
-
-def _port_order(port: IngressPort) -> tuple[str, int, int]:
-    return port.protocol.value, port.published, port.target
 
 
 def _hold(owned: dict[str, dict[K, V]], owner: str, key: K, value: V | None) -> None:

@@ -100,12 +100,13 @@ class Occupied:
         return self._met(binding)
 
     def admitted(self, service: str, ports: Iterable[IngressPort]) -> tuple[IngressPort, ...]:
-        """The ingress ports of a service that nobody on this node keeps from it."""
+        """The ingress ports of a service that nobody on this node keeps from it, in order."""
+        ordered = sorted(ports, key=_port_order)
         if not self._listeners:
-            return tuple(ports)
+            return tuple(ordered)
         return tuple(
             port
-            for port in ports
+            for port in ordered
             if port[:2] not in self._listeners
             or self.in_the_way(service, Binding(*port[:2], None)) is None
         )
@@ -146,3 +147,7 @@ def bindings(ingress: Iterable[IngressPort], granted: Iterable[HostClaim]) -> fr
         [Binding(port.protocol, port.published, None) for port in ingress]
         + [Binding(claim.protocol, claim.published, claim.address) for claim in granted]
     )
+
+
+def _port_order(port: IngressPort) -> tuple[str, int, int]:
+    return port.protocol.value, port.published, port.target
