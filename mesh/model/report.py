@@ -63,8 +63,16 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Whether a task answered its checks."""
+    """Whether a task passes its service's check, as its node sees it.
+
+    `starting`: not healthy yet, and nothing is wrong with that so far.  `since` (UTC, RFC 3339) is
+    when that became so, `reason` why it is not healthy, `address` what was probed: the verdict is
+    about no other task of that name.
+    """
 
     service: str
     healthy: bool
+    starting: bool = False
+    address: str = ""
     reason: str = ""
+    since: str = ""

@@ -9,8 +9,9 @@ from typing import Final
 import msgspec
 
 from mesh.model.address import parse_address, parse_prefix
+from mesh.model.health import CheckType, HealthCheck
 from mesh.model.names import NO_LABELS, check_name, parse_duration
-from mesh.model.publish import PublishedPort, PublishMode
+from mesh.model.publish import Protocol, PublishedPort, PublishMode
 
 MOST_PORTS: Final = 10_240
 """Published ports of one service: with more, its record is beyond the 1.5 MiB that etcd takes."""
@@ -36,28 +37,6 @@ class Prefer(enum.Enum):
     ANY = "any"
     LOCAL = "local"
     LOCAL_ONLY = "local-only"
-
-
-class HealthCheck(
-    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
-):
-    """How a task proves that it may be given new connections."""
-
-    type: str = "none"
-    port: int | None = None
-    path: str = "/"
-    interval: str = "5s"
-    timeout: str = "2s"
-    rise: int = 2
-    fall: int = 3
-
-    def __post_init__(self) -> None:
-        if self.type not in ("none", "tcp", "http", "exec"):
-            raise ValueError(f"health type {self.type!r} is not one of none, tcp, http, exec")
-        parse_duration(self.interval)
-        parse_duration(self.timeout)
-        if self.rise < 1 or self.fall < 1:
-            raise ValueError("rise and fall must be at least 1")
 
 
 class ServiceSpec(
@@ -91,6 +70,24 @@ class ServiceSpec(
             msgspec.structs.force_setattr(self, field, sys.intern(getattr(self, field)))
         if not self.labels:
             msgspec.structs.force_setattr(self, "labels", NO_LABELS)
+        check = self.check
+        if check is not None and check.type is not CheckType.EXEC and self.checked_port is None:
+            raise ValueError(
+                f"health type {check.type.value} needs a port: the service has no target over TCP"
+            )
+
+    @property
+    def check(self) -> HealthCheck | None:
+        """The health check, if there is one to pass."""
+        health = self.health
+        return None if health is None or health.type is CheckType.NONE else health
+
+    @property
+    def checked_port(self) -> int | None:
+        """The port that is probed: the check's own, or the first target over TCP."""
+        if self.health is not None and self.health.port is not None:
+            return self.health.port
+        return next((p.target for p in self.ports if p.protocol is Protocol.TCP), None)
 
     def _check_ports(self) -> None:
         if len(self.ports) > MOST_PORTS:

@@ -1,0 +1,1 @@
+"""Whether tasks pass the checks of their services: probed, judged and believed."""
