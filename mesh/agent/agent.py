@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from mesh.agent import listeners, remark, systemd, writeback
 from mesh.agent.admin import Admin
+from mesh.agent.health import HealthChecks
 from mesh.agent.metrics import Metrics
 from mesh.agent.network import Network
 from mesh.agent.occupancy import Occupancy
@@ -78,6 +79,7 @@ class Agent:
         )
         self._follower = Follower(store, *prefixes, self._published.prefix)
         self._network = Network(config, self._state)
+        self._health = HealthChecks(self._state, config, self._touch)
         self._tally = Tally()
         self._election: Election | None = None
         self._metrics = Metrics(self._tally, self._state, self._follower, self._leads)
@@ -106,6 +108,7 @@ class Agent:
             with observe.observed(self._tally.ran):
                 await self._take_part(cluster, lease)
         finally:
+            await self._health.close()
             await self._network.close()
 
     async def _take_part(self, cluster: Cluster, lease: LeaseHolder) -> None:
@@ -265,10 +268,12 @@ class Agent:
         mode = Mode(self._config.firewall)
         rules = Rules(self._state, chosen, parameters, mode, self._changed.set, self._tally)
         try:
+            await self._health.adopt()
             revision = await self._start(rules, parameters)
             reporter = Reporter(self._store, self._keys.applied(own), chosen, rules)
             reporter.applied(revision)
             self._metrics.look_at(rules, reporter, lambda: self._problems(rules))
+            await self._health.begin(lease, tasks)
             await lease.put(self._keys.alive(own), b"{}")
             tasks.create_task(lease.run(), name="lease")
             reports = reporter.run(
@@ -318,6 +323,7 @@ class Agent:
             touched = await self._occupancy.secure(touched)
             await rules.reconcile(touched)
             self._occupancy.secured(touched)
+            self._health.look(touched.services)
             reporter.applied(revision)
             if touched.services:
                 self._tally.publishing.add(time.monotonic() - heard)

@@ -18,6 +18,7 @@ from mesh.dataplane import host, localports, sysctl, xttidy
 from mesh.dataplane.firewall import Firewall
 from mesh.engine import backend
 from mesh.errors import StoreUnavailable
+from mesh.health import memory
 from mesh.rules.program import Devices
 from mesh.store import schema
 
@@ -56,6 +57,7 @@ async def _remove(config: AgentConfig) -> None:
         await remark.give_back(layout)
         localports.give_back(Path(config.state_dir))
         await writeback.withdraw(config)
+        memory.forget(Path(config.state_dir))
     finally:
         await network.close()
     log.info("removed rules, links and routes")
@@ -71,7 +73,8 @@ async def _sign_off(config: AgentConfig, keys: schema.Keys) -> None:
             await store.delete(keys.alive(config.node))
             await store.delete(keys.applied(config.node))
             await store.delete(keys.listeners(config.node))
-            for item in (await store.list(keys.published(config.node))).items:
+            own = keys.published(config.node), keys.health(config.node)
+            for item in (await store.list(*own)).items:
                 await store.delete(item.key)
     except StoreUnavailable as error:
         log.warning("etcd was not told: %s", error)

@@ -101,7 +101,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `endpoints` are where WireGuard answers ("192.0.2.1" or "192.0.2.1:51820"), best first; empty
     means: the addresses of the interface with the default route.  `publish_mode` is the command
     line's, for ports that do not say.  `published_dir` is where the host ports of each task are
-    kept as a file, too, and `published_hook` the command that is told of them.
+    kept as a file, too, and `published_hook` the command that is told of them.  `exec_checks`:
+    commands of health checks are executed here, as root; whoever may write services to etcd chooses
+    them.
     """
 
     node: str
@@ -120,6 +122,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     publish_mode: PublishMode = PublishMode.HOST
     published_dir: str | None = None
     published_hook: tuple[str, ...] = ()
+    exec_checks: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.node, "node")
@@ -177,7 +180,7 @@ def _key(text: str) -> str:
 
 
 def _toml(value: object) -> str:
-    """A mark, a text or a list of texts: JSON is TOML there, but for DEL."""
-    if isinstance(value, int):
+    """A mark, a text, a truth or a list of texts: JSON is TOML there, but for DEL."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"0x{value:08x}"
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -12,11 +12,12 @@ import msgspec
 
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
+from mesh.health.verdicts import Verdicts
 from mesh.hostports.ports import HostPorts
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
-from mesh.model.report import Health, Problem
+from mesh.model.report import Problem
 from mesh.model.service import Prefer
 from mesh.model.view import IngressPort, NodeView, PeerNode, ServiceView
 from mesh.store import schema
@@ -60,6 +61,7 @@ class State:
         self.doubted: set[str] = set()
         self.invalid: dict[str, Problem] = {}
         self.hostports = HostPorts(node)
+        self.health = Verdicts(node)
         self._entries: dict[str, Entry] = {}
         self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
@@ -68,7 +70,6 @@ class State:
         self._vips: dict[str, dict[int, VipAllocation]] = {}
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._ports: dict[str, dict[IngressPort, bool]] = {}
-        self._unhealthy: dict[str, dict[str, bool]] = {}
         self._numbers: dict[str, dict[int, bool]] = {}
         self._alive: set[str] = set()
         self._networks: dict[int, NodeNetwork] = {}
@@ -78,7 +79,7 @@ class State:
             "tasks": (schema.parse_task, self._index_task),
             "nodes": (schema.parse_node, self._index_node),
             "alive": (lambda _key, _value: True, self._index_alive),
-            "health": (lambda key, value: schema.decode(key, value, Health), self._index_health),
+            "health": (schema.parse_health, self._index_health),
             "allocations": (schema.parse_allocation, self._index_allocation),
             "cluster": (lambda key, value: schema.decode(key, value, Cluster), self._index_cluster),
             "published": (schema.parse_mappings, self._index_published),
@@ -165,7 +166,9 @@ class State:
 
     # ---- indexes: each takes a record's old and new entry and says what that touches
 
-    def _index_service(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+    def _index_service(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
+        was, now = (entry.record if entry is not None else None for entry in (old, new))
+        self.health.spec_changed(parts[1], was, now, self._tasks.get(parts[1], ()))  # type: ignore[arg-type]
         if new is None:
             del self._services[parts[1]]
         else:
@@ -176,6 +179,8 @@ class State:
         service = parts[1]
         name = _task(new).id if new is not None else parts[2]  # the same text, kept once
         _hold(self._tasks, service, name, new)
+        if new is None:
+            self.health.task_gone(service, name)
         return Touched(frozenset((service,)), nodes=False)
 
     def _index_node(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
@@ -205,14 +210,8 @@ class State:
         )
 
     def _index_health(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
-        services = set()
-        for entry in (old, new):
-            if entry is not None:
-                health: Health = entry.record  # type: ignore[assignment]
-                services.add(health.service)
-                failing = entry is new and not health.healthy
-                _hold(self._unhealthy, health.service, parts[2], failing or None)
-        return Touched(frozenset(services), nodes=False)
+        was, now = (entry.record if entry is not None else () for entry in (old, new))
+        return Touched(self.health.reported(parts[1], parts[2], was, now), nodes=False)  # type: ignore[arg-type]
 
     def _index_allocation(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
         services: set[str] = set()
@@ -317,12 +316,13 @@ class State:
             for name, entry in self._tasks.get(service, _NO_TASKS).items()
         ]
         entries.sort()
+        tasks = tuple([task for _, _, task in entries])
         return ServiceView(
             spec=spec,
-            tasks=tuple([task for _, _, task in entries]),
+            tasks=tasks,
             vips=self._vip_addresses(service),
             ingress=self.ingress(service),
-            unhealthy=frozenset(self._unhealthy.get(service, ())),
+            healthy=self.health.healthy(spec, tasks),
             host_ports=self.hostports.granted(service),
         )
 

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from mesh.errors import Conflict, InvalidRecord, StoreUnavailable
 from mesh.model.report import Applied
 from mesh.store import schema
@@ -50,6 +52,10 @@ class Registration:
     def key(self) -> str:
         """The record's key."""
         return self.keys.task(self.task.service, self.task.id)
+
+    def lives_in(self, netns: str) -> None:
+        """Where the container's network namespace is from now on."""
+        self.task = msgspec.structs.replace(self.task, netns=netns)
 
     async def targets(self) -> frozenset[tuple[Protocol, int]]:
         """The ports its service sends to; none if the service is not known or not readable."""

@@ -250,6 +250,7 @@ async def _live(plan: _Plan, stop: asyncio.Event) -> int:
     try:
         await asyncio.to_thread(veth.connect, plan.pair, process.netns)
         await process.begin()
+        plan.registration.lives_in(process.netns)
         await _registered(plan.registration, process, stop)
         if stop.is_set():
             await plan.registration.settled()

@@ -13,6 +13,7 @@ from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 
 if TYPE_CHECKING:
     from mesh.model.publish import Protocol
+    from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
     from mesh.model.view import HostClaim, NodeView, ServiceView
 
@@ -25,12 +26,13 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     if not service.host_ports:
         return ()
     tasks = {task.id: task for task in service.tasks if task.node == node.name}
+    eligible = {task.id for task in service.eligible(node.live)}
     pools: defaultdict[tuple[str, int, Protocol], list[HostClaim]] = defaultdict(list)
     for claim in service.host_ports:
         if claim.task in tasks:
             pools[claim.task, claim.target, claim.protocol].append(claim)
     return tuple(
-        _forwarding(service, tasks[task], claims)
+        _forwarding(service.spec, tasks[task], claims, serves=task in eligible)
         for (task, _, _), claims in sorted(pools.items(), key=_order)
     )
 
@@ -40,15 +42,16 @@ def _order(pool: tuple[tuple[str, int, Protocol], list[HostClaim]]) -> tuple[str
     return task, target, protocol.value
 
 
-def _forwarding(service: ServiceView, task: Task, claims: list[HostClaim]) -> Forwarding:
+def _forwarding(
+    spec: ServiceSpec, task: Task, claims: list[HostClaim], *, serves: bool
+) -> Forwarding:
     first = claims[0]
-    spec = service.spec
     backends = tuple(Backend(a, first.target) for a in one_per_family(task.addresses))
     key = f"{spec.name}/{first.target}/{first.protocol.value}/host/{task.id}"
     return Forwarding(
         key=key,
         frontends=tuple(sorted(map(_frontend, claims), key=lambda f: (f.port, f.address or ""))),
-        backends=backends if service.accepts(task) else (),
+        backends=backends if serves else (),
         allow=spec.allow,
     )
 

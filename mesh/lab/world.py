@@ -234,6 +234,7 @@ class World:
             state_dir=str(environment.HOME / "state"),
             endpoints=machine.addresses,
             backend=backend,
+            exec_checks=True,
         )
         (environment.HOME / machine.name / environment.CONFIG.name).write_text(
             config.dump(settings)

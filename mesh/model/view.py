@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from mesh.model.health import Fallback
 from mesh.model.service import ServiceSpec
 from mesh.model.task import Task, TaskState
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from mesh.model.cluster import NodeNetwork
     from mesh.model.node import Node
     from mesh.model.publish import Protocol
@@ -29,22 +32,31 @@ class IngressPort(NamedTuple):
 class ServiceView(msgspec.Struct, frozen=True, gc=False):
     """One service: its spec, what is allocated to it, and its tasks, oldest first.
 
-    `unhealthy` names the tasks whose node reports them as failing; `host_ports` are the tasks and
-    published ports of host mode that this node's claims granted.
+    `healthy` names the tasks that pass the service's check, if it has one; `host_ports` are the
+    tasks and published ports of host mode that this node's claims granted.
     """
 
     spec: ServiceSpec
     tasks: tuple[Task, ...] = ()
     vips: tuple[str, ...] = ()
     ingress: tuple[IngressPort, ...] = ()
-    unhealthy: frozenset[str] = frozenset()
+    healthy: frozenset[str] = frozenset()
     host_ports: frozenset[HostClaim] = frozenset()
 
-    def accepts(self, task: Task) -> bool:
-        """Whether the task itself wants and is able to be given new connections."""
-        if task.state is not TaskState.RUNNING or task.weight == 0:
-            return False
-        return task.id not in self.unhealthy
+    def eligible(self, live: Container[str]) -> tuple[Task, ...]:
+        """The tasks that may be given new connections, while these nodes are alive."""
+        running = tuple(
+            [
+                task
+                for task in self.tasks
+                if task.node in live and task.state is TaskState.RUNNING and task.weight
+            ]
+        )
+        check = self.spec.check
+        if check is None:
+            return running
+        passing = tuple([task for task in running if task.id in self.healthy])
+        return running if not passing and check.fallback is Fallback.ANY else passing
 
 
 class HostClaim(NamedTuple):

@@ -15,6 +15,8 @@ from mesh.errors import StoreUnavailable
 from mesh.store import protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.store.protocol import Store
 
 LOG: Final = logging.getLogger(__name__)
@@ -63,18 +65,25 @@ class LeaseHolder:
 
     async def put(self, key: str, value: bytes) -> None:
         """Keep `key` at `value`.  Tries once now; `run` sees to it if the store does not answer."""
-        self._wanted[key] = value
-        await self._write_now()
-
-    def again(self, key: str) -> None:
-        """Write a key again that somebody else removed."""
-        self._written.pop(key, None)
-        self._wake.set()
+        await self.change({key: value})
 
     async def delete(self, key: str) -> None:
         """Keep `key` no longer; as `put`."""
-        self._wanted.pop(key, None)
+        await self.change({key: None})
+
+    async def change(self, wanted: Mapping[str, bytes | None]) -> None:
+        """Keep these keys at these values, and those with None no longer; as `put`."""
+        for key, value in wanted.items():
+            if value is None:
+                self._wanted.pop(key, None)
+            else:
+                self._wanted[key] = value
         await self._write_now()
+
+    def again(self, key: str) -> None:
+        """Write a key again that somebody else changed or removed."""
+        self._written.pop(key, None)
+        self._wake.set()
 
     async def stop(self) -> None:
         """Revoke the lease, so that peers see the keys go at once, and let `run` return."""

@@ -91,8 +91,10 @@ class Keys:
         """Where the allocator of `pool` goes on, so that freed values rest."""
         return f"{self.prefix}/allocations/cursors/{pool}"
 
-    def health(self, node: str, task: str) -> str:
-        """A task's health, as its node sees it."""
+    def health(self, node: str, task: str = "") -> str:
+        """The health of a task, as its node sees it, held by a lease; without one, the prefix of
+        all of the node's.
+        """
         return f"{self.prefix}/health/{node}/{task}"
 
     def applied(self, node: str) -> str:
@@ -192,6 +194,11 @@ def parse_mappings(key: str, value: bytes) -> tuple[PortMapping, ...] | None:
         return None
 
 
+def parse_health(key: str, value: bytes) -> tuple[Health, ...]:
+    """What a node tells of a task's health, for each service that has a task of that name there."""
+    return decode(key, value, tuple[Health, ...])
+
+
 def parse_index(key: str) -> int:
     """The number a key ends in."""
     text = key.rpartition("/")[2]
@@ -211,7 +218,7 @@ def json_schema() -> dict[str, object]:
         "vipAllocation": VipAllocation,
         "portAllocation": PortAllocation,
         "applied": Applied,
-        "health": Health,
+        "health": tuple[Health, ...],
         "published": tuple[PortMapping, ...],
         "cursors": Cursors,
         "listeners": Listening,

@@ -1,4 +1,4 @@
-"""Which tasks of a service may be given new connections, as one node sees it, and why.
+"""Which of a service's eligible tasks a node balances over.
 
 Pure: same state, same answer, in the order of the tasks given.
 """
@@ -11,13 +11,7 @@ from mesh.model.service import Prefer
 
 if TYPE_CHECKING:
     from mesh.model.task import Task
-    from mesh.model.view import NodeView, ServiceView
-
-
-def eligible(service: ServiceView, node: NodeView) -> tuple[Task, ...]:
-    """Every task of the cluster that may be given new connections: it accepts, its node lives."""
-    live, accepts = node.live, service.accepts
-    return tuple([task for task in service.tasks if task.node in live and accepts(task)])
+    from mesh.model.view import NodeView
 
 
 def preferred(tasks: tuple[Task, ...], prefer: Prefer, node: NodeView) -> tuple[Task, ...]:

@@ -30,7 +30,7 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
 
     The VIP answers on the target port of every published port, whatever its mode.
     """
-    tasks = eligibility.eligible(service, node)
+    tasks = service.eligible(node.live)
     chosen = eligibility.preferred(tasks, service.spec.prefer, node)
     vips = sorted(service.vips)
     found: list[Forwarding] = []

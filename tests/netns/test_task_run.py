@@ -62,16 +62,18 @@ async def test_a_task_is_registered_while_it_runs_and_told_who_it_is(
     store: MemoryStore, config: AgentConfig, tmp_path: Path
 ) -> None:
     told = tmp_path / "told"
-    options = run.RunOptions(
-        "web", "web-1", shell(f"env > {told}.new; mv {told}.new {told}; exec sleep 1000"), weight=7
-    )
+    tell = f"net=$(readlink /proc/self/ns/net) env > {told}.new; mv {told}.new {told}"
+    options = run.RunOptions("web", "web-1", shell(f"{tell}; exec sleep 1000"), weight=7)
     async with running(store, config, options) as task:
         await until(told.exists)
+        found = await record(store, options)
+        assert found is not None
         expected = Task(
-            service="web", id="web-1", node="n1", weight=7,
+            service="web", id="web-1", node="n1", weight=7, netns=found.netns,
             addresses=("10.0.3.2", "fd11:2233:4455:3::2"),
         )  # fmt: skip
-        assert await record(store, options) == expected
+        assert found == expected
+        assert f"net={os.readlink(str(found.netns))}" in told.read_text().splitlines()
         assert {line for line in told.read_text().splitlines() if line.startswith("MESH_")} >= {
             "MESH_TASK=web-1",
             "MESH_SERVICE=web",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
+from mesh.model.health import Fallback
 from mesh.model.publish import Protocol, PublishMode
 from mesh.model.service import Affinity, Prefer, Source
 from mesh.rules.trace import Entry, Packet
@@ -77,7 +78,10 @@ class Replica:
 
 @dataclass(frozen=True)
 class Service:
-    """A service with everything that belongs to it."""
+    """A service with everything that belongs to it.
+
+    `fallback` is that of its health check; without one it has none, whatever nodes tell.
+    """
 
     number: int
     vip: bool
@@ -87,6 +91,7 @@ class Service:
     allow: tuple[str, ...]
     ports: tuple[Port, ...]
     replicas: tuple[Replica, ...]
+    fallback: Fallback | None = None
 
     @property
     def name(self) -> str:
@@ -140,6 +145,7 @@ def _records(service: Service) -> Iterator[tuple[str, Record]]:
            "mode": p.mode.value, "hostIP": p.host_ip} for p in service.ports),
         vip="auto" if service.vip else "none", affinity=service.affinity.value,
         source=service.source.value, prefer=service.prefer.value, allow=service.allow,
+        health=_check(service),
     ).items()  # fmt: skip
     if service.vip:
         yield from records.vip(name, service.number).items()
@@ -149,12 +155,18 @@ def _records(service: Service) -> Iterator[tuple[str, Record]]:
             key = KEYS.port_allocation(port.protocol.value, number)
             yield key, {"service": name, "target": port.target}
     for index, one in enumerate(service.replicas):
-        task, node = f"{name}-{index}", f"n{one.node}"
+        task = f"{name}-{index}"
         state = "draining" if one.draining else "running"
         more = {"addresses": service.addresses(index), "weight": one.weight, "state": state}
         yield from records.task(name, task, one.node, 0, **more).items()
-        if one.unhealthy:
-            yield KEYS.health(node, task), {"service": name, "healthy": False}
+        told = {"healthy": not one.unhealthy, "address": service.addresses(index)[0]}
+        yield from records.health(name, task, one.node, 0, **told).items()  # type: ignore[arg-type]
+
+
+def _check(service: Service) -> Record | None:
+    if service.fallback is None:
+        return None
+    return {"type": "tcp", "port": 80, "fallback": service.fallback.value}
 
 
 # ---- drawing
@@ -217,6 +229,7 @@ def services(draw: st.DrawFn, number: int) -> Service:
         allow=draw(_allowed()),
         ports=draw(_ports(number)),
         replicas=draw(_all_replicas()),
+        fallback=draw(st.sampled_from((None, *Fallback))),
     )
 
 

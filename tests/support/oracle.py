@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
+from mesh.model.health import Fallback
 from mesh.model.publish import PublishMode
 from mesh.model.service import Affinity, Prefer, Source
 from mesh.rules import slots
@@ -87,7 +88,11 @@ def _published(packet: Packet, world: World) -> Expected | None:
                 continue
             ingress = port.mode is PublishMode.INGRESS
             if packet.destination in here:
-                return _ingress(packet, service, world) if ingress else _host(packet, service, port)
+                return (
+                    _ingress(packet, service, world)
+                    if ingress
+                    else _host(packet, port, service, world)
+                )
             inside = packet.entry in (Entry.CONTAINER, Entry.NODE)
             everywhere = ingress and service.prefer is not Prefer.LOCAL_ONLY
             if packet.destination in others and inside and everywhere:
@@ -104,7 +109,7 @@ def _ingress(packet: Packet, service: Service, world: World) -> Expected:
     return _pool(packet, service, tasks)
 
 
-def _host(packet: Packet, service: Service, port: Port) -> Expected | None:
+def _host(packet: Packet, port: Port, service: Service, world: World) -> Expected | None:
     """The replica of this node that holds the port: the eldest, of those that run if any does."""
     if port.host_ip not in (None, packet.destination):
         return None
@@ -117,23 +122,22 @@ def _host(packet: Packet, service: Service, port: Port) -> Expected | None:
         return DROPPED
     family = address.family_of(packet.destination)
     host = [each for each in found if address.family_of(each) is family]
-    if not host or not _accepts(service, local[0]):
+    if not host or local[0] not in _eligible(service, world):
         return REFUSED
     assert one.node == HERE
     return Expected(Verdict.FORWARDED, {_shown(host[0], port.target): Fraction(1)})
 
 
-def _accepts(service: Service, index: int) -> bool:
-    one = service.replicas[index]
-    return not (one.draining or one.unhealthy) and one.weight > 0
-
-
 def _eligible(service: Service, world: World) -> list[int]:
-    return [
+    running = [
         index
         for index, one in enumerate(service.replicas)
-        if _accepts(service, index) and one.node not in world.dead
+        if not one.draining and one.weight > 0 and one.node not in world.dead
     ]
+    if service.fallback is None:
+        return running
+    healthy = [index for index in running if not service.replicas[index].unhealthy]
+    return running if not healthy and service.fallback is Fallback.ANY else healthy
 
 
 def _near(service: Service, tasks: list[int]) -> list[int]:

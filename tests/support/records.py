@@ -63,6 +63,15 @@ def task(service_name: str, name: str, node: int, host: int, **more: object) -> 
     return {KEYS.task(service_name, name): record | more}
 
 
+def health(
+    service_name: str, name: str, node: int, host: int, *, healthy: bool = True, **more: object
+) -> dict[str, Record]:
+    """What node `n<node>` tells of such a task."""
+    address = f"10.0.{node}.{host}"
+    told = {"service": service_name, "healthy": healthy, "address": address, **more}
+    return {KEYS.health(f"n{node}", name): json.dumps([told]).encode()}
+
+
 def vip(service_name: str, index: int) -> dict[str, Record]:
     """The VIPs a service was given."""
     addresses = [f"10.1.0.{index}", f"fd12:3456:789a:f000::{index:x}"]

@@ -74,7 +74,7 @@ TASK_D = records.task("api", "d", 2, 3)
 TASK_E = records.task("db", "e", 1, 4)
 DATABASE = records.service("db", DB) | TASK_E
 DRAINING_A = records.task("web", "a", 1, 2, state="draining")
-UNWELL_C: Records = {KEYS.health("n3", "c"): {"service": "web", "healthy": False}}
+HEALTH: Final = records.health("web", "b", 2, 2) | records.health("web", "c", 3, 2, healthy=False)
 
 
 def _without(world: dict[str, Record], *keys: str) -> dict[str, Record]:
@@ -101,7 +101,7 @@ WORLDS: Final = (
     ),
     World(
         "one drains, one is unwell",
-        _join(_web(), DRAINING_A, TASK_B, TASK_C, UNWELL_C),
+        _join(_web(health={"type": "tcp"}), DRAINING_A, TASK_B, TASK_C, HEALTH),
         port=parts(b=1),
         vip=parts(b=1),
     ),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mesh.hostports import plan
 from mesh.hostports.claims import Claims
 from mesh.model.cluster import Cluster
+from mesh.model.health import CheckType, HealthCheck
 from mesh.model.publish import Protocol, PublishedPort
 from mesh.model.service import ServiceSpec
 from mesh.model.task import Task, TaskState
@@ -162,9 +164,9 @@ TASK = Task(service="a", id="a-1", node="n1", addresses=("10.0.1.5", "fd00::5"))
 
 def view(*granted: HostClaim, task: Task = TASK, sick: bool = False) -> ServiceView:
     return ServiceView(
-        SPEC,
+        replace(SPEC, health=HealthCheck(type=CheckType.TCP)),
         tasks=(task,),
-        unhealthy=frozenset({"a-1"} if sick else ()),
+        healthy=frozenset(() if sick else {"a-1"}),
         host_ports=frozenset(granted),
     )
 

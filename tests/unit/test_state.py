@@ -146,21 +146,6 @@ def test_a_node_is_live_while_its_key_is_and_this_node_always() -> None:
     assert node.live == {"n1", "n3"}
 
 
-def test_an_unhealthy_task_is_named_until_it_recovers() -> None:
-    state = _state(records.service("web", WEB), records.task("web", "a", 1, 2))
-    key = KEYS.health("n1", "a")
-
-    state.apply(records.put(key, {"service": "web", "healthy": False}, 5))
-    failing = state.service_view("web")
-    state.apply(records.put(key, {"service": "web", "healthy": True}, 6))
-    recovered = state.service_view("web")
-
-    assert failing is not None
-    assert failing.unhealthy == {"a"}
-    assert recovered is not None
-    assert recovered.unhealthy == frozenset()
-
-
 def test_a_task_that_moves_to_another_node_follows_that_nodes_life() -> None:
     state = _state(records.service("web", WEB), records.task("web", "a", 2, 2))
     moved = records.task("web", "a", 3, 2)[KEYS.task("web", "a")]

@@ -136,12 +136,11 @@ def test_a_dynamic_port_leads_to_the_target_it_was_given_for() -> None:
         Task(service="web", id="b", node="n1", addresses=("10.0.1.6",), state=TaskState.DRAINING),
         task("b", "n1", "10.0.1.6", weight=0),
         task("b", "n3", "10.0.3.6"),
-        task("sick", "n1", "10.0.1.6"),
     ],
-    ids=["draining", "without weight", "on a dead node", "unhealthy"],
+    ids=["draining", "without weight", "on a dead node"],
 )
 def test_no_new_connections_go_to_a_task_that_is(other: Task) -> None:
-    service = ServiceView(WEB, tasks=(ON_N1, other), ingress=GIVEN, unhealthy=frozenset({"sick"}))
+    service = ServiceView(WEB, tasks=(ON_N1, other), ingress=GIVEN)
 
     assert pools(service) == {"web/80/tcp": (Backend("10.0.1.5", 80),)}
 
