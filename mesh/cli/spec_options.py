@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mesh import errors
-from mesh.cli import options
+from mesh.cli import health_options, options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,12 +96,12 @@ _OPTIONS = (
 
 def apply(verb: F) -> F:
     """A verb with all of them."""
-    return _with(verb, (*_PORT_OPTIONS, *_OPTIONS))
+    return _with(verb, (*_PORT_OPTIONS, *health_options.OPTIONS, *_OPTIONS))
 
 
 def apply_changes(verb: F) -> F:
     """A verb with all of them, and those that change a list of ports."""
-    return _with(verb, (*_PORT_OPTIONS, *_CHANGES, *_OPTIONS))
+    return _with(verb, (*_PORT_OPTIONS, *_CHANGES, *health_options.OPTIONS, *_OPTIONS))
 
 
 def _with(verb: F, wanted: tuple[Callable[[F], F], ...]) -> F:
@@ -114,20 +114,22 @@ def _with(verb: F, wanted: tuple[Callable[[F], F], ...]) -> F:
 class Changes:
     """What is to become of a spec: fields that are replaced, ports that come and go.
 
-    `force` publishes ports that are protected, or used by a process, too.
+    `health` are fields of the check; `force` publishes ports that are protected, or used by a
+    process, too.
     """
 
     fields: dict[str, Any]
+    health: dict[str, Any]
     added: tuple[PublishedPort, ...] = ()
     removed: tuple[Chosen, ...] = ()
     force: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.fields or self.added or self.removed or self.force)
+        return bool(self.fields or self.health or self.added or self.removed or self.force)
 
     def made(self, spec: ServiceSpec) -> ServiceSpec:
         """The spec with them.  Raises NotFound for a port that is not there, and ValueError for
-        ports that do not go together.
+        ports, or parts of a check, that do not go together.
         """
         import msgspec
 
@@ -142,7 +144,9 @@ class Changes:
             ports = left
         for port in self.added:
             ports = [one for one in ports if _place(one) != _place(port)] + [port]
-        return msgspec.structs.replace(spec, **{**self.fields, "ports": tuple(ports)})
+        fields = {**self.fields, "ports": tuple(ports)}
+        fields["health"] = health_options.made(spec, self.health)
+        return msgspec.structs.replace(spec, **fields)
 
     def allowed(
         self,
@@ -216,7 +220,8 @@ def changes(given: dict[str, Any]) -> Changes:
         found["ports"] = _ports(given, "publish")
     with options.naming("--publish-rm"):
         chosen = tuple(map(parse_chosen, removed))
-    return Changes(found, _ports(given, "publish_add") if added else (), chosen, given["force"])
+    added = _ports(given, "publish_add") if added else ()
+    return Changes(found, health_options.changes(given), added, chosen, given["force"])
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _of_service(seen: World, name: str) -> list[str]:
         waiting = ports.warren(item for item in ports.assign(view) if not item.granted)
         if waiting:
             found.append(f"waits for {', '.join(waiting)}")
-    if view.tasks and not any(seen.serves(view, task) for task in view.tasks):
+    if view.tasks and not view.eligible(seen.alive):
         found.append(f"none of its {len(view.tasks)} tasks takes connections: `mesh service ps`")
     return found
 
@@ -128,7 +128,8 @@ def _describe(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> dict[st
         "services": len(views),
         "ports": sum(len(ports.assign(view)) for view in views),
         "tasks": len(seen.tasks),
-        "eligibleTasks": sum(seen.serves(v, task) for v in views for task in v.tasks),
+        "eligibleTasks": sum(len(view.eligible(seen.alive)) for view in views),
+        "unhealthyTasks": sum(seen.is_unhealthy(task) for task in seen.tasks.values()),
         "problems": problems,
     }
 
@@ -142,9 +143,12 @@ def _print(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> None:
     click.echo(f"etcd      {output.printable(where)}  ", nl=False)
     output.line(security, "red" if is_open else "green")
     output.line(f"cluster   {facts['cluster'] or '?'}  leader {seen.leader or 'none'}")
+    unhealthy = facts["unhealthyTasks"]
     output.line(
         f"services  {facts['services']} with {facts['ports']} published ports, "
         f"{facts['eligibleTasks']} of {facts['tasks']} tasks take connections"
+        + (f", {unhealthy} unhealthy" if unhealthy else ""),
+        "yellow" if unhealthy else None,
     )
     if facts["nodes"]:
         _print_backends(seen)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mesh.cli.options import Session
     from mesh.cli.world import World
+    from mesh.model.report import Health
     from mesh.model.task import Task
 
 
@@ -45,15 +46,32 @@ _WEIGHT = click.option(
     help="Its address, one of each family; repeatable.",
 )
 @_WEIGHT
-def add(service: str, id: str, node: str, addresses: tuple[str, ...], weight: int) -> None:
+@click.option("--netns", metavar="PATH", help="Its network namespace, for checks of type exec.")
+def add(
+    service: str,
+    id: str,
+    node: str,
+    addresses: tuple[str, ...],
+    weight: int,
+    netns: str | None,
+) -> None:
     """Register a replica that something else runs."""
+    from msgspec import UNSET
+
     from mesh.model.address import parse_address
     from mesh.model.task import Task
 
     with options.naming("--address"):
         parsed = tuple(parse_address(text) for text in addresses)
     with options.naming(f"task {service}/{id}"):
-        record = Task(service=service, id=id, node=node, addresses=parsed, weight=weight)
+        record = Task(
+            service=service,
+            id=id,
+            node=node,
+            addresses=parsed,
+            weight=weight,
+            netns=UNSET if netns is None else netns,
+        )
     stray = options.in_store(lambda session: _write(session, record))
     for address in stray:
         output.warn(f"--address {address} is outside the container subnets of node {node}")
@@ -158,7 +176,7 @@ def print_table(seen: World, tasks: Iterable[Task], *, with_service: bool = Fals
             item.node,
             ", ".join(item.addresses),
             _state(seen, item),
-            "-" if health is None else _health(health.healthy, health.reason),
+            "-" if health is None else _health(health),
             ports.notation(ports.of_task(seen.published_of(item))) or "-",
         ]
 
@@ -175,10 +193,28 @@ def _state(seen: World, item: Task) -> output.Cell:
     return item.state.value
 
 
-def _health(healthy: bool, reason: str) -> output.Cell:
-    if healthy:
-        return output.Styled("healthy", "green")
-    return output.Styled(f"unhealthy: {reason}" if reason else "unhealthy", "red")
+def _health(health: Health) -> output.Cell:
+    """What HEALTH says of a task: its standing, since when, and why."""
+    name, style = ("healthy", "green") if health.healthy else ("unhealthy", "red")
+    if health.starting:
+        name, style = "starting", "yellow"
+    since = _ago(health.since)
+    return output.Styled(name + since + (f": {health.reason}" if health.reason else ""), style)
+
+
+def _ago(since: str) -> str:
+    """How long ago a time of a record was; nothing for one that nobody can read."""
+    from datetime import UTC, datetime
+
+    try:
+        passed = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
+    except (ValueError, TypeError):
+        return ""
+    seconds = max(0, round(passed))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f" {seconds // size}{unit}"
+    return f" {seconds}s"
 
 
 def describe(seen: World, item: Task) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class World:
     tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
     draining: set[str] = field(default_factory=set)
-    health: dict[tuple[str, str], Health] = field(default_factory=dict)
+    health: dict[tuple[str, str], tuple[Health, ...]] = field(default_factory=dict)
     published: dict[tuple[str, str], tuple[PortMapping, ...]] = field(default_factory=dict)
     applied: dict[str, Applied] = field(default_factory=dict)
     listening: dict[str, Listening] = field(default_factory=dict)
@@ -104,12 +104,22 @@ class World:
 
     def replicas(self, view: ServiceView) -> str:
         """Tasks that may be given new connections, of all."""
-        return f"{sum(self.serves(view, task) for task in view.tasks)}/{len(view.tasks)}"
+        return f"{len(view.eligible(self.alive))}/{len(view.tasks)}"
 
     def health_of(self, task: Task) -> Health | None:
-        """The task's health, if its node reports one."""
-        found = self.health.get((task.node, task.id))
-        return found if found is not None and found.service == task.service else None
+        """The task's health, if its service has a check: what its node reports, or starting."""
+        view = self.state.service_view(task.service)
+        if view is None or view.spec.check is None:
+            return None
+        for found in self.health.get((task.node, task.id), ()):
+            if found.service == task.service and found.address in task.addresses:
+                return found
+        return Health(service=task.service, healthy=False, starting=True)
+
+    def is_unhealthy(self, task: Task) -> bool:
+        """Whether a task is known to fail its check."""
+        health = self.health_of(task)
+        return health is not None and not (health.healthy or health.starting)
 
     def published_of(self, task: Task) -> tuple[PortMapping, ...]:
         """The host ports that lead to a task, as its node tells."""
@@ -128,7 +138,7 @@ class World:
 
     def serves(self, view: ServiceView, task: Task) -> bool:
         """Whether a task may be given new connections by some node of the cluster."""
-        return task.node in self.alive and view.accepts(task)
+        return task in view.eligible(self.alive)
 
     def take(self, item: KeyValue, parts: list[str]) -> None:
         """Keep one record that planning does not need.  Raises InvalidRecord."""
@@ -149,7 +159,7 @@ class World:
             case ["listeners", name]:
                 self.listening[name] = schema.decode(item.key, item.value, Listening)
             case ["health", node, task]:
-                self.health[node, task] = schema.decode(item.key, item.value, Health)
+                self.health[node, task] = schema.parse_health(item.key, item.value)
             case ["status", "leader"]:
                 self.leader = item.value.decode(errors="replace")
             case ["status", kind, name]:

@@ -95,12 +95,19 @@ class CommandLine:
 def add_web(cli: CommandLine) -> None:
     """A service with two replicas; the second is not healthy."""
     cli.allocate("web", 1, ("tcp", 8080, 80))
-    cli.ok("service", "create", "web", "-p", "8080:80", "--publish-mode", "ingress")
+    ports = ("-p", "8080:80", "--publish-mode", "ingress")
+    cli.ok("service", "create", "web", *ports, "--health", "http:/healthz")
     for number in (1, 2):
         address = f"10.0.{number}.5"
         cli.ok("task", "add", "web", f"web-{number}", "--node", f"n{number}", "-a", address)
-    unwell = {"service": "web", "healthy": False, "reason": "HTTP 500"}
-    cli.put(KEYS.health("n2", "web-2"), unwell)
+    judge(cli, 1, healthy=True)
+    judge(cli, 2, healthy=False, reason="HTTP 500")
+
+
+def judge(cli: CommandLine, number: int, *, healthy: bool, **more: object) -> None:
+    """Have the node of one of these two replicas tell of its health."""
+    told = {"service": "web", "healthy": healthy, "address": f"10.0.{number}.5", **more}
+    cli.put(KEYS.health(f"n{number}", f"web-{number}"), [told])
 
 
 def start_cluster(cli: CommandLine) -> None:

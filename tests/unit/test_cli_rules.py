@@ -11,7 +11,7 @@ from mesh.agent import config
 from mesh.model.address import packed, unpacked
 from mesh.rules import dump, elements, jhash, marks, xtables_pools
 from mesh.store.memory import MemoryStore
-from tests.support.commands import KEYS, CommandLine, add_web, start_cluster
+from tests.support.commands import KEYS, CommandLine, add_web, judge, start_cluster
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -194,7 +194,7 @@ def test_a_trace_of_iptables_names_its_chains(cli: CommandLine) -> None:
 def test_an_affine_client_is_traced_offline_as_its_backend_hashes(
     cli: CommandLine, tmp_path: Path, backend: str
 ) -> None:
-    cli.put(KEYS.health("n2", "web-2"), {"service": "web", "healthy": True})
+    judge(cli, 2, healthy=True)
     cli.ok("service", "update", "web", "--affinity", "client-ip")
     path = tmp_path / "affine.json"
     dumped = cli.ok("rules", "show", "--node", "n1", "--backend", backend, "--json")

@@ -121,7 +121,9 @@ def test_the_tasks_of_a_service_show_health_and_the_state_of_their_node(cli: Com
 
     assert header.split() == ["TASK", "NODE", "ADDRESSES", "STATE", "HEALTH", "PORTS"]
     assert "running" in rows[0]
+    assert "  healthy  " in rows[0]
     assert "unhealthy: HTTP 500" in rows[1]
+    assert "starting" in rows[2]
     assert "node down" in rows[2]
     assert [task["eligible"] for task in cli.json("service", "ps", "web")] == [True, False, False]
 

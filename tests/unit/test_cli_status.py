@@ -12,7 +12,7 @@ import pytest
 from mesh.agent import config
 from mesh.cli import output, status
 from mesh.store.memory import MemoryStore
-from tests.support.commands import KEYS, CommandLine
+from tests.support.commands import KEYS, CommandLine, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +30,10 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     command_line.put(KEYS.leader, b"n1")
     command_line.add_node("n1", 1)
     command_line.allocate("web", 1, ("tcp", 8080, 80))
-    command_line.ok("service", "create", "web", "-p", "8080:80", "--publish-mode", "ingress")
+    web = ("web", "-p", "8080:80", "--publish-mode", "ingress", "--health", "tcp")
+    command_line.ok("service", "create", *web)
     command_line.ok("task", "add", "web", "web-1", "--node", "n1", "-a", "10.0.1.5")
+    judge(command_line, 1, healthy=True)
     command_line.apply("n1")
     return command_line
 
@@ -46,6 +48,16 @@ def test_a_mesh_without_a_problem_is_ok(cli: CommandLine) -> None:
     assert (found["services"], found["ports"]) == (1, 1)
     assert (found["tasks"], found["eligibleTasks"]) == (1, 1)
     assert "no known problem" in cli.ok("status")
+
+
+def test_unhealthy_tasks_are_counted(cli: CommandLine) -> None:
+    judge(cli, 1, healthy=False, starting=True)
+    starting = cli.json("status")["unhealthyTasks"]
+    judge(cli, 1, healthy=False)
+
+    assert starting == 0
+    assert cli.json("status")["unhealthyTasks"] == 1
+    assert "0 of 1 tasks take connections, 1 unhealthy" in cli.ok("status")
 
 
 def _forget_leader(cli: CommandLine) -> None:
@@ -93,7 +105,7 @@ def _refused(cli: CommandLine) -> None:
 
 
 def _without_replica(cli: CommandLine) -> None:
-    cli.put(KEYS.health("n1", "web-1"), {"service": "web", "healthy": False})
+    judge(cli, 1, healthy=False)
     cli.apply("n1")
 
 
@@ -201,7 +213,7 @@ def _hostile(cli: CommandLine) -> None:
     cli.put(KEYS.service("web"), {"name": "web", "labels": {HOSTILE: HOSTILE}})
     cli.put(f"/mesh/services/{HOSTILE}", b"{")
     cli.put(KEYS.leader, HOSTILE.encode())
-    cli.put(KEYS.health("n1", "web-1"), {"service": "web", "healthy": False, "reason": HOSTILE})
+    judge(cli, 1, healthy=False, reason=HOSTILE, since=HOSTILE)
     cli.apply("n1", problems=[{"about": HOSTILE, "message": HOSTILE}], backend=HOSTILE)
 
 
