@@ -7,6 +7,9 @@ from typing import Final
 BACKENDS: Final = ("nftables", "iptables-legacy", "iptables-nft")
 """The rule backends, as the agent's configuration calls them."""
 
+CHECKS: Final = ("tcp", "http", "exec")
+"""Types of health checks."""
+
 MOST: Final = 60000
 """Services, at most: each has an ingress port of its own."""
 

@@ -166,6 +166,36 @@ def live(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str |
 
 
 @bench.command()
+@click.option("--checks", type=click.IntRange(1, 50000), default=1000, show_default=True)
+@click.option(
+    "--interval", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Seconds."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(1, 3600), default=20.0, show_default=True, help="Of each."
+)
+@click.option(
+    "--type",
+    "types",
+    type=click.Choice(names.CHECKS),
+    multiple=True,
+    default=("tcp", "http"),
+    show_default=True,
+    help="Repeatable.",
+)
+@_JSON
+def health(
+    checks: int, interval: float, seconds: float, types: tuple[str, ...], to: str | None
+) -> None:
+    """What health checks cost a node: processor and memory of the agent's prober."""
+    from mesh.bench import isolated
+
+    results = bench_show.Results(_target(to))
+    arguments = {"checks": checks, "interval": interval, "seconds": seconds, "types": types}
+    results.add(isolated.measure("mesh.bench.health", arguments))
+    _finish(results, bench_show.by_check)
+
+
+@bench.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="A directory.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

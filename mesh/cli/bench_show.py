@@ -131,6 +131,25 @@ def by_variant(found: list[Record]) -> None:
     output.line("Times are microseconds.  RATIO: kernel time of a connection, direct to this.")
 
 
+def by_check(found: list[Record]) -> None:
+    """A line for each type of check."""
+    head = ("CHECK", "TASKS", "INTERVAL", "CPU", "PER PROBE", "ALL HEALTHY AFTER", "RSS", "ADDED")
+    rows = [
+        (
+            record["type"],
+            str(record["checks"]),
+            f"{record['interval_s']:g} s",
+            f"{record['cpu_percent']} %",
+            _duration(record["us_per_check"], 1e-6),
+            _duration(record["all_healthy_ms"], 1e-3),
+            _memory(record["rss_mb"]),
+            _memory(record["rss_added_mb"]),
+        )
+        for record in found
+    ]
+    output.table(head, rows)
+
+
 def _at(record: Record, where: str) -> float | None:
     value: Any = record
     for part in where.split("."):
