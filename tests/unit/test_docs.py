@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from mesh.agent import config
 from mesh.model.address import FAMILIES
+from mesh.model.health import HealthCheck
 from mesh.rules import marks, program, xtables
 from mesh.rules.marks import Layout
 from tests.support import rules
@@ -99,3 +102,16 @@ def test_the_configuration_in_the_readme_is_one(tmp_path: Path) -> None:
     path.write_text(f'node = "n1"{block[0]}')
 
     assert config.load(path) == config.AgentConfig(node="n1")
+
+
+def test_the_fields_of_a_health_check_are_told_with_their_defaults() -> None:
+    page = (ROOT / "docs" / "health.md").read_text()
+    rows = (line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `"))
+    told = {name.strip(" `"): default.strip(" `") for name, _, default, _ in rows}
+
+    given = msgspec.json.decode(msgspec.json.encode(HealthCheck()))
+
+    assert told.keys() == given.keys()
+    for name, value in given.items():
+        if value not in (None, []):
+            assert told[name] == (value if isinstance(value, str) else json.dumps(value))
