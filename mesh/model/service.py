@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections import defaultdict
 from typing import Final
 
 import msgspec
@@ -95,18 +96,18 @@ class ServiceSpec(
                 f"{len(self.ports)} published ports: a service may have {MOST_PORTS}, so make "
                 "several of it"
             )
-        taken: dict[tuple[object, ...], PublishedPort] = {}
+        taken: defaultdict[tuple[object, ...], list[PublishedPort]] = defaultdict(list)
         for port in self.ports:
             if port.published is None:
                 continue
-            key = (port.published, port.protocol)
-            other = taken.get(key)
-            if other is not None and _answer_together(port, other):
-                raise ValueError(
-                    f"port {port.published}/{port.protocol.value} is published twice: "
-                    f"{other} and {port}"
-                )
-            taken[key] = port
+            others = taken[port.published, port.protocol]
+            for other in others:
+                if _answer_together(port, other):
+                    raise ValueError(
+                        f"port {port.published}/{port.protocol.value} is published twice: "
+                        f"{other} and {port}"
+                    )
+            others.append(port)
 
 
 def _answer_together(one: PublishedPort, other: PublishedPort) -> bool:
