@@ -1,7 +1,8 @@
 """The host ports of one node: what its tasks want, what each has, and why another has not.
 
-Pure, mutable.  `update`, `reserve` and `confine` take in what is known; numbers for dynamic ports
-are given and taken back in `settle` only, so that what is gone for a moment keeps its own.
+A task has all of its ports, or none.  Pure, mutable.  `update`, `reserve` and `confine` take in
+what is known; numbers for dynamic ports are given and taken back in `settle` only, so that what is
+gone for a moment keeps its own.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ _YIELDING: Final = 1 << 62
 replacement started on the same node takes over in one change."""
 
 _NOBODY: Final[frozenset[str]] = frozenset()
+
+_Claimed = tuple[list[HostClaim], list[Problem], set[str]]
+_NOTHING: Final[_Claimed] = [], [], set()
 
 
 class _Here(NamedTuple):
@@ -83,6 +87,9 @@ class HostPorts:
         elif self._services.pop(service, None) is None:
             return _NOBODY
         self._unsettled.add(service)
+        for port in ports if here else ():  # what it names now is no dynamic one
+            if port.published is not None:
+                self._numbers.displace(port.protocol, port.published, service)
         return self._claim((service,))
 
     def reserve(self, protocol: Protocol, published: int, service: str | None) -> frozenset[str]:
@@ -183,22 +190,25 @@ class HostPorts:
         for problems in self._barred.values():
             yield from problems
         yield from self.occupied.problems()
-        for claim, owner in self._claims.all_refused():
+        for pairs in self._claims.all_refused():
+            claim, owner = pairs[0]
             holder = f"task {owner.task} of service {owner.service}"
             if not owner.task:
                 holder = f"service {owner.service} in ingress mode"
             about = f"port {claim.published}/{claim.protocol.value} on node {self._node}"
-            message = f"{about} belongs to {holder}: choose another port or node"
-            yield Problem(about=_of(claim.task, claim.service), message=message)
+            more = f", and {len(pairs) - 1} more are taken" if len(pairs) > 1 else ""
+            message = f"{about} belongs to {holder}{more}: choose another port or node"
+            yield _problem(claim.service, claim.task, message, self._services[claim.service])
         if self._cluster is None:
             return
         low, high = self._cluster.host_ports
-        for want in self._numbers.lacking():
-            yield Problem(
-                about=_of(want.task, want.service),
-                message=f"all dynamic {want.protocol.value} ports of node {self._node} "
-                f"({low}-{high}) are taken: name a published port, or widen hostPorts",
-            )
+        for (service, task), protocol in self._numbers.short().items():
+            if (here := self._services.get(service)) is not None:
+                message = (
+                    f"all dynamic {protocol.value} ports of node {self._node} ({low}-{high}) are "
+                    "taken: name a published port, or widen hostPorts"
+                )
+                yield _problem(service, task, message, here)
 
     # ---- claims
 
@@ -207,8 +217,10 @@ class HostPorts:
         changed: set[str] = set()
         for service in services:
             here = self._services.get(service)
-            claims, barred = self._claimed(service, here) if here is not None else ([], [])
-            changed |= self._claims.update(service, claims)
+            claims, barred, waiting = _NOTHING
+            if here is not None:
+                claims, barred, waiting = self._claimed(service, here)
+            changed |= self._claims.update(service, claims, waiting)
             _keep(self._wanted, service, tuple(claims))
             _keep(self._barred, service, tuple(barred))
             self._publish(service)
@@ -216,10 +228,13 @@ class HostPorts:
             self._publish(service)
         return frozenset(changed)
 
-    def _claimed(self, service: str, here: _Here) -> tuple[list[HostClaim], list[Problem]]:
-        """What to claim, and what the cluster's settings forbid to."""
+    def _claimed(self, service: str, here: _Here) -> _Claimed:
+        """What to claim, what the cluster's settings forbid to, and which tasks wait for that or
+        for a number.
+        """
         claims: list[HostClaim] = []
         barred: list[Problem] = []
+        waiting: set[str] = set()
         for task, created in here.tasks:
             age = created if task.state is TaskState.RUNNING else created + _YIELDING
             for want, port in _wants(service, task, here.ports):
@@ -228,12 +243,14 @@ class HostPorts:
                 if published is None:
                     published = self._numbers.number(want)
                 if reason is not None:
-                    barred.append(Problem(about=_of(task.id, service), message=reason))
-                elif published is not None:
+                    barred.append(_problem(service, task.id, reason, here))
+                if reason is not None or published is None:
+                    waiting.add(task.id)
+                else:
                     first = 0 if port.published is None else age
                     place = (published, port.target, port.host_ip)
                     claims.append(HostClaim(service, task.id, protocol, *place, first))
-        return claims, barred
+        return claims, barred, waiting
 
     def _reason(self, service: str, port: PublishedPort) -> str | None:
         """Why the port that is asked for is not given."""
@@ -297,8 +314,11 @@ def _services_on(services: Mapping[str, _Here], ports: frozenset[Port]) -> Itera
             yield service
 
 
-def _of(task: str, service: str) -> str:
-    return f"task {task} of service {service}"
+def _problem(service: str, task: str, message: str, here: _Here) -> Problem:
+    """What keeps a task from its ports: from all of them."""
+    if len(here.ports) > 1:
+        message += f"; until then none of the task's {len(here.ports)} ports is published"
+    return Problem(about=f"task {task} of service {service}", message=message)
 
 
 def _wants(

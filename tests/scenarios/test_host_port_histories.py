@@ -1,9 +1,11 @@
 """Whatever becomes of services, tasks, ranges and the agent, in whatever order: no host port has
-two owners, none leaks, none comes from outside the range, and a task keeps what it was told.
+two owners, none leaks, none comes from outside the range, a task has all of its ports or none and
+the reason, and keeps what it was told while it has them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import combinations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -110,10 +112,11 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         self.node.settle()
+        self._who_has_none_is_told_why()
 
     @rule()
     def settle_and_write(self) -> None:
-        self.node.settle()
+        self.settle()
         self.node.write()
         for service in self.node.services:
             self.told |= self._dynamic(service)
@@ -124,13 +127,13 @@ class Histories(RuleBasedStateMachine):
         self.node.restart()
         for protocol, number in self.reserved:
             self.node.ports.reserve(protocol, number, "web")
-        self.node.settle()
+        self.settle()
 
     # ---- what must hold
 
     @invariant()
     def nothing_has_two_owners(self) -> None:
-        claims = [c for service in self.node.services for c in self.node.ports.granted(service)]
+        claims = self._granted()
         for one, other in combinations(claims, 2):
             assert not _answer_together(one, other), (one, other)
         for claim in claims:
@@ -143,8 +146,28 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def tasks_keep_what_they_were_told(self) -> None:
+        """While they have anything: who lacks one of its ports may lose the others to somebody."""
         now = {one for service in self.node.services for one in self._dynamic(service)}
+        publishing = {(c.service, c.task) for c in self._granted()}
+        self._forget(lambda one: (one.service, one.task) not in publishing)
         assert self.told <= now
+
+    @invariant()
+    def a_task_has_all_of_its_ports_or_none(self) -> None:
+        has = Counter((claim.service, claim.task) for claim in self._granted())
+        for service, (ports, tasks) in self.node.services.items():
+            for task, _ in tasks:
+                assert has[service, task.id] in (0, len(ports))
+
+    def _who_has_none_is_told_why(self) -> None:
+        has = {(claim.service, claim.task) for claim in self._granted()}
+        lacking = {
+            f"task {task.id} of service {service}"
+            for service, (ports, tasks) in self.node.services.items()
+            for task, _ in tasks
+            if ports and (service, task.id) not in has
+        }
+        assert {problem.about for problem in self.node.ports.problems()} == lacking
 
     @precondition(lambda self: not self.reserved)
     @rule()
@@ -168,15 +191,13 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.settle_and_write()
-        granted = {
-            claim.task
-            for service in self.node.services
-            for claim in self.node.ports.granted(service)
-        }
-        assert self.node.records.keys() == granted
+        assert self.node.records.keys() == {claim.task for claim in self._granted()}
         assert self.node.ports.unwritten() == {}
 
     # ---- looking
+
+    def _granted(self) -> list[HostClaim]:
+        return [c for service in self.node.services for c in self.node.ports.granted(service)]
 
     def _dynamic(self, service: str) -> set[Told]:
         """The numbers of a service's dynamic ports."""

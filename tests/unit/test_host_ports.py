@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -118,44 +121,100 @@ def test_an_ingress_port_belongs_to_no_task() -> None:
 
 
 _SERVICES = ("a", "b", "c")
-_CLAIMS = st.builds(
-    lambda service, revision, port, address: claim(service, revision, address, port),
-    st.sampled_from(_SERVICES),
-    st.integers(1, 6),
-    st.integers(80, 82),
-    st.sampled_from((None, "192.0.2.1", "192.0.2.2")),
+_TASKS = st.sampled_from(["1", "2"])
+_PORTS = st.dictionaries(
+    st.integers(80, 83), st.sampled_from((None, None, "192.0.2.1", "192.0.2.2")), max_size=3
+)
+_WANTED = st.dictionaries(
+    _TASKS, st.tuples(st.integers(1, 4), _PORTS, st.integers(0, 5).map(lambda n: n == 0))
+)
+"""By task: revision, ports with their addresses, and whether it lacks something else."""
+
+_Wanted = dict[str, tuple[int, dict[int, str | None], bool]]
+_Event = tuple[str, _Wanted] | tuple[int, str | None]
+_EVENTS = st.tuples(st.sampled_from(_SERVICES), _WANTED) | st.tuples(
+    st.integers(80, 83), st.sampled_from((None, "web"))
 )
 
 
-@given(st.lists(st.tuples(st.sampled_from(_SERVICES), st.frozensets(_CLAIMS)), max_size=12))
-def test_the_outcome_does_not_depend_on_the_history(
-    updates: list[tuple[str, frozenset[HostClaim]]],
-) -> None:
-    held, fresh = Claims(), Claims()
-    final: dict[str, frozenset[HostClaim]] = {}
-    for service, wanted in updates:
-        before = {name: held.granted(name) for name in _SERVICES}
-        final[service] = frozenset(one._replace(service=service) for one in wanted)
+def _claims(service: str, wanted: _Wanted) -> list[HostClaim]:
+    return [
+        HostClaim(service, task, TCP, port, 8080, address, revision)
+        for task, (revision, ports, _) in wanted.items()
+        for port, address in ports.items()
+    ]
 
-        changed = held.update(service, final[service])
+
+def _tell(held: Claims, event: _Event) -> frozenset[str]:
+    match event:
+        case (str() as service, dict() as wanted):
+            waiting = {task for task, (_, _, waits) in wanted.items() if waits}
+            return held.update(service, _claims(service, wanted), waiting)
+        case (int() as port, owner):
+            assert not isinstance(owner, dict)
+            return held.reserve(TCP, port, owner)
+    raise AssertionError(event)
+
+
+def _promised(events: list[_Event]) -> set[HostClaim]:
+    """Who should have what, said in the simplest way: one task after the other."""
+    final: dict[str | int, Any] = dict(events)
+    ingress = {port for port, owner in final.items() if isinstance(port, int) and owner}
+    tasks = [
+        (revision, service, task, ports)
+        for service, wanted in final.items()
+        if isinstance(service, str)
+        for task, (revision, ports, waits) in wanted.items()
+        if not waits
+    ]
+    found: set[HostClaim] = set()
+    for revision, service, task, ports in sorted(tasks, key=lambda one: one[:3]):
+        mine = _claims(service, {task: (revision, ports, False)})
+        if ingress.isdisjoint(ports) and not any(map(_conflict, product(mine, found))):
+            found.update(mine)
+    return found
+
+
+def _conflict(pair: tuple[HostClaim, HostClaim]) -> bool:
+    one, other = pair
+    if one.published != other.published:
+        return False
+    return one.address is None or other.address is None or one.address == other.address
+
+
+@given(st.lists(_EVENTS, max_size=12))
+def test_the_outcome_does_not_depend_on_the_history(events: list[_Event]) -> None:
+    held, fresh = Claims(), Claims()
+    for event in events:
+        before = {name: held.granted(name) for name in _SERVICES}
+
+        changed = _tell(held, event)
 
         assert {n for n in _SERVICES if held.granted(n) != before[n]} <= changed
-    for service in reversed(final):
-        fresh.update(service, final[service])
+    for last in reversed(list(dict(events).items())):
+        _tell(fresh, last)  # type: ignore[arg-type]
 
+    assert granted(held, *_SERVICES) == _promised(events)
     for service in _SERVICES:
         assert held.granted(service) == fresh.granted(service)
         assert held.refused(service) == fresh.refused(service)
-    _no_two_answer_together([one for s in _SERVICES for one in held.granted(s)])
 
 
-def _no_two_answer_together(holders: list[HostClaim]) -> None:
-    for one in holders:
-        for other in holders:
-            if one != other and one.published == other.published:
-                assert one.address is not None
-                assert other.address is not None
-                assert one.address != other.address
+@given(st.lists(_EVENTS, max_size=12))
+def test_whoever_gets_nothing_is_told_what_is_in_the_way(events: list[_Event]) -> None:
+    held = Claims()
+    for event in events:
+        _tell(held, event)
+
+    for service, wanted in dict(events).items():
+        if isinstance(wanted, dict):
+            assert isinstance(service, str)
+            told = {claim for claim, _ in held.refused(service)}
+            for task, (_, ports, waits) in wanted.items():
+                got = {one.published for one in held.granted(service) if one.task == task}
+                assert got in (set(), set(ports))
+                assert got == set(ports) or waits or any(one.task == task for one in told)
+            assert all(owner != claim for claim, owner in held.refused(service))
 
 
 SPEC = ServiceSpec(name="a", ports=(PublishedPort(target=8080, published=80),))

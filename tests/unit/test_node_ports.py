@@ -113,8 +113,10 @@ def test_numbers_that_ran_out_are_reported_and_given_when_one_is_freed() -> None
     node.publish("a", port(80))
     changed = node.settle()
 
-    assert len(problems) == 1
-    assert "task b-1 of service b: all dynamic tcp ports of node n1 (32000-32003)" in problems[0]
+    assert problems == [
+        "task b-1 of service b: all dynamic tcp ports of node n1 (32000-32003) are taken: name a "
+        "published port, or widen hostPorts; until then none of the task's 2 ports is published"
+    ]
     assert "b" in changed
     assert node.problems() == []
     assert len(node.ports.granted("b")) == 2
@@ -193,6 +195,97 @@ def test_ingress_ports_are_nothing_a_task_claims() -> None:
     assert node.numbers("a") == {("a-1", 81): 32000}
 
 
+# ---- all or nothing
+
+
+@pytest.mark.parametrize("taken", [port(80, 8443), port(80, 8443, host_ip="192.0.2.1")])
+def test_a_task_gets_all_of_its_ports_or_none(taken: PublishedPort) -> None:
+    node = Node()
+    node.publish("first", taken, tasks=["f-1"])
+    node.publish("a", port(80, 8080), port(443, 8443), port(90), tasks=["a-1"])
+    node.settle()
+
+    assert node.numbers("a") == {}
+    assert node.problems() == [
+        "task a-1 of service a: port 8443/tcp on node n1 belongs to task f-1 of service first: "
+        "choose another port or node; until then none of the task's 3 ports is published"
+    ]
+    node.end("first", "f-1")
+    assert node.numbers("a") == {("a-1", 80): 8080, ("a-1", 443): 8443, ("a-1", 90): 32000}
+    assert node.problems() == []
+
+
+def test_what_a_task_does_not_get_is_there_for_others() -> None:
+    node = Node()
+    node.publish("first", port(80, 8443), tasks=["f-1"])
+    node.publish("a", port(80, 8080), port(443, 8443), tasks=["a-1"])
+    node.publish("b", port(80, 8080), tasks=["b-1"])
+
+    assert node.numbers("b") == {("b-1", 80): 8080}
+
+
+def test_the_next_task_is_decided_by_itself() -> None:
+    node = Node()
+    node.publish("first", port(80, 8443, host_ip="192.0.2.1"), tasks=["f-1"])
+    node.publish("a", port(80), port(443, 8443), tasks=["a-1"])
+    node.publish("c", port(80), tasks=["c-1", "c-2"])
+    node.settle()
+
+    assert node.numbers("c") == {("c-1", 80): 32001, ("c-2", 80): 32002}
+    assert node.numbers("a") == {}
+
+
+def test_many_ports_in_the_way_are_one_problem() -> None:
+    node = Node()
+    wide = [port(80, number) for number in range(8000, 8100)]
+    node.publish("first", *wide[40:], tasks=["f-1"])
+    node.publish("a", *wide, tasks=["a-1"])
+
+    (problem,) = node.problems()
+    assert "port 8040/tcp on node n1 belongs to task f-1" in problem
+    assert "and 59 more are taken" in problem
+
+
+def test_numbers_are_given_to_a_task_as_a_whole() -> None:
+    node = Node()
+    node.publish("a", *(port(target) for target in range(80, 85)), tasks=["a-1"])
+    node.publish("b", *(port(target) for target in range(80, 83)), tasks=["b-1"])
+    node.settle()
+
+    assert node.numbers("a") == {}
+    assert sorted(node.numbers("b").values()) == [32000, 32001, 32002]
+    assert len(node.problems()) == 1
+
+
+def test_tasks_that_lack_numbers_do_not_keep_each_other_from_them() -> None:
+    node = Node()
+    node.publish("a", port(80), port(81), tasks=["a-1"])
+    node.publish("b", port(80), port(81), tasks=["b-1"])
+    node.settle()
+    node.ports.confine(msgspec.structs.replace(CLUSTER, host_ports=(32001, 32002)))
+
+    changed = node.settle()
+
+    assert "a" in changed
+    assert node.numbers("a") == {("a-1", 80): 32002, ("a-1", 81): 32001}
+    assert node.numbers("b") == {}
+
+
+def test_a_replacement_that_lacks_a_port_leaves_all_to_its_predecessor() -> None:
+    node = Node()
+    node.publish("other", port(80, 8443, host_ip="192.0.2.1"), tasks=["o-1"])
+    node.publish("a", port(80, 8080), tasks=["a-1"])
+    node.publish("b", port(80, 8080), port(443, 8443), tasks=["b-1"])
+    node.drain("a", "a-1")
+    kept = node.numbers("a")
+
+    node.end("other", "o-1")
+
+    assert kept == {("a-1", 80): 8080}
+    assert node.numbers("a") == {}
+    assert node.numbers("b") == {("b-1", 80): 8080, ("b-1", 443): 8443}
+
+
 # ---- protected ports
 
 
@@ -216,7 +309,7 @@ def test_protected_ports_are_refused_with_the_reason(
     node.settle()
 
     assert (("a-1", asked.target) in node.numbers("a")) is granted
-    assert node.numbers("a")["a-1", 81] == 8081
+    assert (("a-1", 81) in node.numbers("a")) is granted
     told = "\n".join(node.problems())
     assert bool(told) is not granted
     assert reason in told
