@@ -70,7 +70,7 @@ class Agent:
         self._config = config
         self._store = store
         self._keys = schema.Keys(config.etcd.prefix)
-        self._state = State(self._keys, config.node)
+        self._state = State(self._keys, config.node, loopback=config.loopback_ports)
         prefixes = (f"{self._keys.prefix}/{kind}" for kind in KINDS)
         self._changed = asyncio.Event()
         self._published = Published(
@@ -297,7 +297,7 @@ class Agent:
         begun = await self._occupancy.begin(rules.read_some)
         await rules.start(parameters)
         self._occupancy.secured(begun)
-        self._forwarding.set()
+        self._begin_forwarding()
         systemd.notify("READY=1")
         gc.collect()
         gc.freeze()  # what was loaded stays; no collection walks it again
@@ -328,6 +328,12 @@ class Agent:
             if touched.services:
                 self._tally.publishing.add(time.monotonic() - heard)
             self._published.wake()
+
+    def _begin_forwarding(self) -> None:
+        """The rules are in force."""
+        self._forwarding.set()
+        self._network.guarded = True
+        self._nodes_changed.set()
 
     def _problems(self, rules: Rules) -> Iterable[Problem]:
         if self._problem is not None:

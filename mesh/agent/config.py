@@ -103,7 +103,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     line's, for ports that do not say.  `published_dir` is where the host ports of each task are
     kept as a file, too, and `published_hook` the command that is told of them.  `exec_checks`:
     commands of health checks are executed here, as root; whoever may write services to etcd chooses
-    them.
+    them.  `loopback_ports`: ports that name 127.0.0.1 or ::1 may answer there.
     """
 
     node: str
@@ -123,6 +123,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     published_dir: str | None = None
     published_hook: tuple[str, ...] = ()
     exec_checks: bool = False
+    loopback_ports: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.node, "node")

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mesh.dataplane import host
+from mesh.dataplane import host, sysctl
 from mesh.dataplane.link import LinkDriver
 from mesh.dataplane.sysctl import SysctlDriver
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady
@@ -42,6 +42,8 @@ class Network:
         overlay = Overlay(self._links)
         self._network = network.Network(overlay, self._links, SysctlDriver(Path("/proc/sys")))
         self.problems: tuple[Problem, ...] = ()
+        self.guarded = False
+        """Whether the rules are in force that keep containers from 127.0.0.1 of the node."""
 
     async def identify(self, cluster: Cluster) -> Node:
         """This node's record, from its key, its configuration and the host's addresses.
@@ -80,11 +82,13 @@ class Network:
         underlay = await self._links.underlay()
         key = await keys.load(self._state_dir)
         mtu = underlay.mtu(split_endpoint(e)[0] for e in nodes[own].node.endpoints)
-        local = Local(self.names, mtu, self._layout)
+        local = Local(self.names, mtu, self._layout, loopback=self._config.loopback_ports)
         wanted = network.Wanted.of(local, cluster, nodes, own)
         problems = list(wanted.problems)
         try:
-            problems += await self._network.reconcile(key, cluster.wireguard_port, wanted, underlay)
+            settings = sysctl.desired(self.names, loopback=self._loopback())
+            port = cluster.wireguard_port
+            problems += await self._network.reconcile(key, port, wanted, underlay, settings)
         except (ApplyFailed, CommandFailed, HostNotReady) as error:
             lacking = error if isinstance(error, HostNotReady) else None
             problems.append(Problem(about="network", message=str(error)))
@@ -93,6 +97,12 @@ class Network:
                 log.warning("%s: %s", problem.about, problem.message)
         self.problems = tuple(problems)
         return lacking
+
+    def _loopback(self) -> bool | None:
+        """None: as it is, for the rules of an agent before this one may guard it."""
+        if self._config.loopback_ports and not self.guarded:
+            return None
+        return self._config.loopback_ports
 
     async def remove(self) -> None:
         """Take everything of ours off the host."""

@@ -52,7 +52,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 class State:
     """Everything that planning needs, indexed by service."""
 
-    def __init__(self, keys: schema.Keys, node: str) -> None:
+    def __init__(self, keys: schema.Keys, node: str, *, loopback: bool = False) -> None:
+        """`loopback`: whether the node publishes ports on its loopback addresses, if asked to."""
         self.keys = keys
         self.node = node
         self.revision = 0
@@ -60,7 +61,7 @@ class State:
         """Set while etcd may have ended leases wrongly: what ends with one is `doubted` instead."""
         self.doubted: set[str] = set()
         self.invalid: dict[str, Problem] = {}
-        self.hostports = HostPorts(node)
+        self.hostports = HostPorts(node, loopback=loopback)
         self.health = Verdicts(node)
         self._entries: dict[str, Entry] = {}
         self._leased: set[str] = set()

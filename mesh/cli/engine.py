@@ -120,7 +120,9 @@ def _own_config() -> AgentConfig | None:
 
 async def _read(session: Session, name: str, here: AgentConfig | None, asked: str) -> Engine:
     world.cluster(session)
-    known = state.State(session.keys, name)
+    # Of another node nobody knows: it is taken to publish what somebody asked for.
+    loopback = here is None or here.loopback_ports
+    known = state.State(session.keys, name, loopback=loopback)
     known.apply(await session.store.list(f"{session.keys.prefix}/"))
     known.settle(Touched(frozenset(), nodes=False))
     node, peers = known.node_view(), known.peers()

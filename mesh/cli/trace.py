@@ -81,6 +81,8 @@ def _packet(src: str, dst: str, rules: Rules, names: Names) -> Packet:
     if src == rules.node and _is_ours(destination, rules):
         # What the routes of the overlay name as the source to use.
         source = rules.parameters.network.overlay_address(known)
+    if src == rules.node and address.is_loopback(destination):
+        source = destination
     return Packet(source, destination, protocol, port, _entry(source, rules))
 
 

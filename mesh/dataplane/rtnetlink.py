@@ -31,7 +31,7 @@ _UNSTABLE: Final = 0x01 | 0x20 | 0x40  # IFA_F_TEMPORARY, _DEPRECATED, _TENTATIV
 _PERMANENT: Final = 0x80  # NUD_PERMANENT
 _ONLINK: Final = 4  # RTNH_F_ONLINK
 _SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
-_UNICAST, _THROW = 1, 9  # RTN_*
+_UNICAST, _LOCAL, _THROW = 1, 2, 9  # RTN_*
 _TO_TABLE, _GOTO, _NOP = 1, 2, 3  # FR_ACT_*
 _EVERYWHERE: Final = {Family.V4: "0.0.0.0", Family.V6: "::"}
 _OUR_LINK_LOCAL: Final = "fe80::7:0/112"
@@ -171,6 +171,8 @@ class Rtnetlink:
                 key = link.Route(m.get("table"), _prefix(m, family))
                 if m["type"] == _THROW:
                     yield key, link.Throw()
+                elif m.get("oif") in names and m["type"] == _LOCAL:
+                    yield key, link.Local(names[m.get("oif")])
                 elif m.get("oif") in names:
                     device = names[m.get("oif")]
                     yield key, link.Via(device, m.get("gateway"), m.get("prefsrc"))
@@ -299,6 +301,8 @@ class Rtnetlink:
             "table": key.table,
             "proto": link.PROTOCOL,
         }
+        if isinstance(value, link.Local):
+            return wanted | {"type": "local", "oif": self._index(value.device)}
         if not isinstance(value, link.Via):
             return wanted | {"type": "throw"}
         wanted["oif"] = self._index(value.device)

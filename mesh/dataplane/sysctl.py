@@ -34,8 +34,13 @@ SHARED: Final = {
 """Settings that are not of our own devices, by path below /proc/sys."""
 
 
-def desired(names: DeviceNames) -> dict[str, str]:
-    """Settings by path below /proc/sys (program.md section 4)."""
+def desired(names: DeviceNames, *, loopback: bool | None = False) -> dict[str, str]:
+    """Settings by path below /proc/sys (program.md section 4).
+
+    `loopback`: whether what the node sends from 127.0.0.1 may leave for its containers, and the
+    answers come in; None leaves that as it is.  Never elsewhere than on the bridge, and only while
+    rules keep containers from 127.0.0.1 (CVE-2020-8558).
+    """
     settings = {
         **SHARED,
         f"net/ipv4/conf/{names.bridge}/send_redirects": "0",
@@ -43,6 +48,8 @@ def desired(names: DeviceNames) -> dict[str, str]:
         # The reverse path of what arrives here is looked up with its mark.
         f"net/ipv4/conf/{names.steering}/src_valid_mark": "1",
     }
+    if loopback is not None:
+        settings[f"net/ipv4/conf/{names.bridge}/route_localnet"] = str(int(loopback))
     for device in names:
         settings[f"net/ipv6/conf/{device}/disable_ipv6"] = "0"
     return settings

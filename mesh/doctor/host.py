@@ -94,7 +94,7 @@ async def of_peers(subject: Subject, links: LinkDriver, now: float) -> list[Chec
 
 async def of_settings(subject: Subject, backend: str, *, running: bool) -> list[Check]:
     """The kernel settings that a node needs; `running` says whether an agent has set them."""
-    wanted = sysctl.desired(subject.names)
+    wanted = sysctl.desired(subject.names, loopback=subject.config.loopback_ports)
     read = await sysctl.SysctlDriver(_ROOT).read(wanted)
     groups: dict[str, dict[str, str]] = {"forwarding": {}, "bridge-nf-call": {}, "sysctl": {}}
     for key, value in read.items():
@@ -103,6 +103,7 @@ async def of_settings(subject: Subject, backend: str, *, running: bool) -> list[
     return [
         *(_of_values(name, v, wanted, running=running) for name, v in groups.items() if v),
         await _of_reverse_path(subject.names, backend),
+        await _of_loopback(subject),
         *_of_ports(subject),
         *_of_conntrack(),
     ]
@@ -126,6 +127,25 @@ def _of_values(
 
 def _dotted(key: str) -> str:
     return key.replace("/", ".")
+
+
+async def _of_loopback(subject: Subject) -> Check:
+    """Who may reach what listens on 127.0.0.1 only (CVE-2020-8558).  ::1 the kernel guards itself.
+
+    Of the bridge the settings tell: it is for the agent to set.
+    """
+    devices = (path.name for path in (_ROOT / "net/ipv4/conf").iterdir())
+    asked = {f"net/ipv4/conf/{each}/route_localnet" for each in devices}
+    asked.discard(f"net/ipv4/conf/{subject.names.bridge}/route_localnet")
+    found = await sysctl.SysctlDriver(_ROOT).read(sorted(asked))
+    routed = [_dotted(key) for key, value in found.items() if value == "1"]
+    if routed:
+        text = f"{', '.join(routed)}=1: neighbours may reach what listens on 127.0.0.1"
+        words = " ".join(f"{key}=0" for key in routed)
+        return check.warn("loopback", text, f"run `sysctl -w {words}`, unless somebody needs it")
+    if subject.config.loopback_ports:
+        return check.ok("loopback", "ports that name 127.0.0.1 or ::1 answer there")
+    return check.ok("loopback", "nothing is published on 127.0.0.1 and ::1")
 
 
 async def _of_reverse_path(names: DeviceNames, backend: str) -> Check:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 from mesh.hostports.allocator import Numbers, Room, Want, Wish
 from mesh.hostports.claims import Claims
 from mesh.hostports.occupied import Occupied
-from mesh.model import protected
+from mesh.model import address, protected
 from mesh.model.listener import Binding, refusal
 from mesh.model.mapping import PortMapping
 from mesh.model.publish import Protocol, PublishMode
@@ -57,9 +57,11 @@ class _Here(NamedTuple):
 class HostPorts:
     """Every task's host ports on this node."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, *, loopback: bool = False) -> None:
+        """`loopback`: whether ports that name 127.0.0.1 or ::1 may answer there."""
         self._node = node
         self.occupied = Occupied(node)
+        self._loopback = loopback
         self._cluster: Cluster | None = None
         self._services: dict[str, _Here] = {}
         self._claims = Claims()
@@ -196,7 +198,7 @@ class HostPorts:
             if not owner.task:
                 holder = f"service {owner.service} in ingress mode"
             about = f"port {claim.published}/{claim.protocol.value} on node {self._node}"
-            more = f", and {len(pairs) - 1} more are taken" if len(pairs) > 1 else ""
+            more = f" ({len(pairs) - 1} more not free)" if len(pairs) > 1 else ""
             message = f"{about} belongs to {holder}{more}: choose another port or node"
             yield _problem(claim.service, claim.task, message, self._services[claim.service])
         if self._cluster is None:
@@ -239,9 +241,9 @@ class HostPorts:
             age = created if task.state is TaskState.RUNNING else created + _YIELDING
             for want, port in _wants(service, task, here.ports):
                 protocol, published = port.protocol, port.published
-                reason = self._reason(service, port) if published is not None else None
                 if published is None:
                     published = self._numbers.number(want)
+                reason = self._reason(service, port)
                 if reason is not None:
                     barred.append(_problem(service, task.id, reason, here))
                 if reason is not None or published is None:
@@ -254,12 +256,20 @@ class HostPorts:
 
     def _reason(self, service: str, port: PublishedPort) -> str | None:
         """Why the port that is asked for is not given."""
+        number = "*" if port.published is None else port.published
+        about = f"port {number}/{port.protocol.value} on node {self._node}"
+        if port.host_ip is not None and not self._loopback and address.is_loopback(port.host_ip):
+            return (
+                f"{about} is asked for on {port.host_ip}, where this node publishes nothing: set "
+                "loopback_ports = true in its configuration and start its agent again, or choose "
+                "another host address"
+            )
         if self._cluster is None or port.published is None:
             return None
         place = (port.protocol, port.published)
         guard = protected.protection(self._cluster, *place)
         if guard is not None and not (guard.forcible and port.force):
-            return f"port {place[1]}/{place[0].value} on node {self._node} {guard.reason}"
+            return f"{about} {guard.reason}"
         who = self.occupied.in_the_way(service, Binding(*place, port.host_ip))
         return refusal(place, self._node, who) if who is not None else None
 

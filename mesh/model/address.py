@@ -112,6 +112,16 @@ def check_host(text: str) -> None:
         raise ValueError(f"address {text} cannot be a host's")
 
 
+LOOPBACK: Final = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
+"""What means the node itself, and never another one (RFC 1122 section 3.2.1.3, RFC 4291 2.5.3)."""
+
+
+@lru_cache(maxsize=1024)
+def is_loopback(address: str) -> bool:
+    """Whether an address means the node itself, and never another one."""
+    return ipaddress.ip_address(address).is_loopback
+
+
 def contains(prefix: str, address: str) -> bool:
     """Whether `address` lies in `prefix`; False across families."""
     size, host_bits, network = _network(prefix)

@@ -118,6 +118,13 @@ class Via:
 
 
 @dataclass(frozen=True, slots=True)
+class Local:
+    """A route to the node itself, for what comes in by a device."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Throw:
     """A route that ends the look-up in its table: the next rule decides."""
 
@@ -157,7 +164,7 @@ class Nop:
 
 
 LinkKey = Device | Address | Neighbour | TunnelEnd | Route | Rule
-LinkValue = Settings | Via | Throw | Lookup | Goto | Nop | str | None
+LinkValue = Settings | Via | Local | Throw | Lookup | Goto | Nop | str | None
 Links = Mapping[LinkKey, LinkValue]
 LinkDelta = Delta[LinkKey, LinkValue]
 
@@ -193,4 +200,4 @@ def _device(key: LinkKey, value: LinkValue) -> str | None:
     """The device that `key` cannot outlive."""
     if isinstance(key, Address | Neighbour | TunnelEnd):
         return key.device
-    return value.device if isinstance(value, Via) else None
+    return value.device if isinstance(value, Via | Local) else None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Port = tuple[Protocol, int]
 
-_LOOPBACK: Final = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
 _EVERY: Final = {Family.V4: "0.0.0.0", Family.V6: "::"}
 
 
@@ -62,7 +61,7 @@ class Listener(
             return True
         family = addresses.family_of(self.address)
         if address is None:
-            return not addresses.contains(_LOOPBACK[family], self.address)
+            return not addresses.contains(addresses.LOOPBACK[family], self.address)
         return self.address == _EVERY[family] and addresses.family_of(address) is family
 
 

@@ -16,6 +16,7 @@ from itertools import takewhile
 from string import Template
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
 from mesh.rules import elements, marks, slots
@@ -32,7 +33,7 @@ _STATIC_SIZES: Final = 32
 may have in a user namespace (net.core.wmem_max); all 1023 would load in 108 ms (program.md 2)."""
 
 CLOSED: Final = (("127.0.0.0/8",), ("::1",))
-"""Where published ports never answer by default: CVE-2020-8558 is what happens otherwise."""
+"""Where ports of any address do not answer: CVE-2020-8558 is what happens otherwise."""
 
 LAYOUT_KEYS: Final = (3, 4)
 """Where `fingerprint` has packet_mark and ct_mark, if they are not the default."""
@@ -62,7 +63,7 @@ class Parameters:
     """What the program says about one node; pairs hold v4, then v6.
 
     `prefixes` is everything the mesh owns, `vips` the part that no host has, `layout` what it keeps
-    in marks, `closed` the local addresses on which published ports do not answer.  Raises
+    in marks, `closed` the local addresses on which only ports that name them answer.  Raises
     ValueError for a name nft might misread.
     """
 
@@ -128,6 +129,7 @@ class Parameters:
             "subnet": subnet,
             "gateway": network.gateway(family),
             "own": f"{overlay}, {subnet}",
+            "loopback": address.LOOPBACK[family],
             "outside": " ".join(outside),
             **_marks(self.layout),
         }

@@ -84,7 +84,7 @@ class Place:
         """Whether the kernel would deliver to the node itself."""
         family, network = address.family_of(host), self.parameters.network
         own = (network.overlay_address(family), network.gateway(family), *self.addresses)
-        return host in own or any(address.contains(p, host) for p in _LOOPBACK)
+        return host in own or address.is_loopback(host)
 
     def device(self, entry: Entry) -> str:
         """The device by which a packet comes in, "" for one that is not the mesh's."""
@@ -111,7 +111,6 @@ class Place:
 
 _HOOKS: Final = ("prerouting", "forward", "postrouting")
 _OWN_HOOKS: Final = ("output", "postrouting")
-_LOOPBACK: Final = ("127.0.0.0/8", "::1/128")
 
 
 class Verdict(enum.Enum):

@@ -12,6 +12,7 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.rules import marks
 
@@ -208,6 +209,7 @@ def _words(parameters: Parameters, family: Family) -> dict[str, str]:
         "FREE": parameters.free_ports,
         "SELF": _self_bytecode(family),
         "f": family.suffix,
+        "loopback": address.LOOPBACK[family],
         "overlay": f"{network.overlay_address(family)}/{family.bits}",
         "subnet": network.subnet(family),
     }

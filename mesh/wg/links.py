@@ -42,11 +42,14 @@ def overlay_mtu(underlay_mtu: int) -> int:
 
 
 class Local(NamedTuple):
-    """What is the host's own: its devices' names, the MTU below them, the bits of its marks."""
+    """What is the host's own: its devices' names, the MTU below them, the bits of its marks, and
+    whether ports may answer on its `loopback` addresses.
+    """
 
     names: DeviceNames
     underlay_mtu: int
     layout: Layout
+    loopback: bool = False
 
 
 def plan(
@@ -66,6 +69,10 @@ def plan(
     desired.update(_addresses(names, own))
     desired.update(_vip_routes(names, cluster, own))
     desired.update(_rules(local.layout))
+    if local.loopback:
+        # The answer of a container to ::1 comes in by the bridge, and the kernel wants a route to
+        # ::1 there; sysctl has it for 127.0.0.1.  What is sent to ::1 from there it drops before.
+        desired[link.Route(link.MAIN_TABLE, "::1/128")] = link.Local(names.bridge)
     for peer in others:
         desired.update(_neighbours(names, peer))
         for family in FAMILIES:

@@ -65,9 +65,14 @@ class Network:
         self._sysctls = sysctls
 
     async def reconcile(
-        self, key: PrivateKey, port: int, wanted: Wanted, underlay: Underlay
+        self,
+        key: PrivateKey,
+        port: int,
+        wanted: Wanted,
+        underlay: Underlay,
+        settings: Mapping[str, str],
     ) -> tuple[Problem, ...]:
-        """Read everything, write what differs; returns the kernel settings that were refused.
+        """Read everything, write what differs; returns the kernel `settings` that were refused.
 
         Keeps sessions and connections; does nothing when nothing differs.  Raises HostNotReady,
         ApplyFailed or CommandFailed; what could be applied then is.
@@ -76,7 +81,7 @@ class Network:
         delta = link.changes(await self._driver.read(), wanted.links)
         devices, rest = _split(delta)
         await self._driver.apply(devices)
-        problems = await self._set(underlay)
+        problems = await self._set(underlay, settings)
         await self._driver.apply(rest)
         return problems
 
@@ -94,13 +99,13 @@ class Network:
         await self._driver.remove()
         self._overlay.remove_socket()
 
-    async def _set(self, underlay: Underlay) -> tuple[Problem, ...]:
+    async def _set(self, underlay: Underlay, settings: Mapping[str, str]) -> tuple[Problem, ...]:
         """Settings come between: those of a device need it, IPv6 addresses may need them."""
         accept = sysctl.accept_advertisements(underlay.advertised)
         before = await self._sysctls.read(accept)
         # 0 says that a daemon, not the kernel, listens there; it must stay so.
         needed = {key: accept[key] for key, value in before.items() if value == "1"}
-        needed |= sysctl.desired(self._driver.names)
+        needed |= settings
         actual = await self._sysctls.read(needed)
         return await self._sysctls.apply(Delta.between(actual, needed))
 

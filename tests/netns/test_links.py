@@ -255,6 +255,33 @@ def test_a_change_by_somebody_else_wakes_the_watch(far: Namespace, change: tuple
     far.run(watch())
 
 
+def test_a_route_for_answers_to_loopback_comes_and_goes(
+    node: Namespace, driver: LinkDriver
+) -> None:
+    allowed = links.plan(
+        links.Local(NAMES, 1500, marks.DEFAULT, loopback=True), CLUSTER, CLUSTER.network(1), ()
+    )
+
+    assert node.run(converge(driver, allowed)) == Delta()
+    assert "local ::1 dev warren-br0 proto 77" in node.sh(
+        "ip", "-6", "route", "show", "table", "all"
+    )
+    node.sh("ip", "-6", "route", "del", "local", "::1", "dev", "warren-br0", "table", "main")
+    assert node.run(converge(driver, allowed)) == Delta()
+    assert node.run(converge(driver, plan(()))) == Delta()
+    assert "local ::1 dev warren-br0" not in node.sh("ip", "-6", "route", "show", "table", "all")
+
+
+@pytest.mark.parametrize(("loopback", "value"), [(True, "1"), (False, "0"), (None, None)])
+def test_loopback_addresses_are_routed_on_the_bridge_only(
+    loopback: bool | None, value: str | None
+) -> None:
+    wanted = desired_sysctls(NAMES, loopback=loopback)
+
+    routed = {key: of for key, of in wanted.items() if "localnet" in key}
+    assert routed == ({"net/ipv4/conf/warren-br0/route_localnet": value} if value else {})
+
+
 def test_kernel_settings_are_written_once(node: Namespace, driver: LinkDriver) -> None:
     node.run(converge(driver, plan()))
     sysctls = SysctlDriver(Path("/proc/sys"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mesh.dataplane import sysctl
 from mesh.dataplane.link import LinkDriver
 from mesh.dataplane.sysctl import SysctlDriver
 from mesh.errors import HostNotReady
@@ -88,7 +89,9 @@ class Machine:
 
     async def _reconcile(self, wanted: Wanted) -> tuple[object, ...]:
         underlay = await self.links.underlay()
-        return await self.net.reconcile(self.key, CLUSTER.wireguard_port, wanted, underlay)
+        settings = sysctl.desired(self.names)
+        port = CLUSTER.wireguard_port
+        return await self.net.reconcile(self.key, port, wanted, underlay, settings)
 
     def sessions(self) -> dict[str, Session]:
         return self.namespace.run(self.overlay.read()).sessions

@@ -29,13 +29,14 @@ def task(service: str, name: str, state: TaskState = TaskState.RUNNING) -> Task:
 class Node:
     """One node's host ports, and what survives its agent."""
 
-    def __init__(self, cluster: Cluster = CLUSTER) -> None:
+    def __init__(self, cluster: Cluster = CLUSTER, *, loopback: bool = False) -> None:
         self.cluster = cluster
+        self.loopback = loopback
         self.records: dict[str, tuple[PortMapping, ...]] = {}
         self.cursors = Cursors()
         self.created = 0
         self.services: dict[str, tuple[tuple[PublishedPort, ...], list[tuple[Task, int]]]] = {}
-        self.ports = HostPorts("n1")
+        self.ports = HostPorts("n1", loopback=loopback)
         self.ports.confine(cluster)
 
     def publish(self, service: str, *ports: PublishedPort, tasks: Iterable[str] = ()) -> None:
@@ -78,7 +79,7 @@ class Node:
         self.cursors = self.ports.cursors
 
     def restart(self) -> None:
-        self.ports = HostPorts("n1")
+        self.ports = HostPorts("n1", loopback=self.loopback)
         self.ports.confine(self.cluster)
         self.ports.resume(self.cursors)
         for name, mappings in self.records.items():

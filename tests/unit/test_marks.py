@@ -148,7 +148,7 @@ def test_fields_that_cannot_hold_what_they_must_are_refused_in_one_line(
 def test_the_configuration_says_the_fields_in_hexadecimal(tmp_path: Path) -> None:
     path = tmp_path / "agent.toml"
     chosen = config.MarksConfig(packet_mark=HIGH.packet_mark, ct_mark=HIGH.ct_mark)
-    given = config.AgentConfig(node="n1", marks=chosen)
+    given = config.AgentConfig(node="n1", marks=chosen, loopback_ports=True)
 
     path.write_text(config.dump(given))
 

@@ -195,6 +195,33 @@ def test_ingress_ports_are_nothing_a_task_claims() -> None:
     assert node.numbers("a") == {("a-1", 81): 32000}
 
 
+# ---- loopback addresses
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        port(80, 8080, host_ip="127.0.0.1"),
+        port(80, host_ip="127.0.0.1"),
+        port(80, 8080, host_ip="::1"),
+        port(80, 8080, host_ip="127.1.2.3"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("allowed", [False, True])
+def test_loopback_addresses_are_published_on_if_the_node_allows_it(
+    asked: PublishedPort, allowed: bool
+) -> None:
+    node = Node(loopback=allowed)
+    node.publish("a", asked, tasks=["a-1"])
+    node.settle()
+
+    assert bool(node.numbers("a")) is allowed
+    told = "\n".join(node.problems())
+    assert ("set loopback_ports = true" in told) is not allowed
+    assert (f"on {asked.host_ip}," in told) is not allowed
+
+
 # ---- all or nothing
 
 
@@ -243,7 +270,7 @@ def test_many_ports_in_the_way_are_one_problem() -> None:
 
     (problem,) = node.problems()
     assert "port 8040/tcp on node n1 belongs to task f-1" in problem
-    assert "and 59 more are taken" in problem
+    assert "service first (59 more not free): choose" in problem
 
 
 def test_numbers_are_given_to_a_task_as_a_whole() -> None:

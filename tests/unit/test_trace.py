@@ -72,6 +72,7 @@ SERVICES = (
         source=Source.MASQUERADE,
     ),
     Forwarding("here", (Frontend(Scope.HOST_IP, NODE, TCP, 8080),), (Backend(SIBLING, 81),)),
+    Forwarding("own", (Frontend(Scope.HOST_IP, "127.0.0.1", TCP, 9090),), (Backend(SIBLING, 81),)),
     Forwarding("host", (Frontend(Scope.NODE, None, UDP, 53),), (Backend(SIBLING, 53),)),
 )
 WORLD = place(*SERVICES)
@@ -120,6 +121,10 @@ def syn(source: str, destination: str, port: int, entry: Entry = Entry.OUTSIDE) 
         ),
         # The host IP wins on its address.
         (syn(CLIENT, NODE, 8080), {SIBLING: (Path.LOCAL, CLIENT)}),
+        (
+            syn("127.0.0.1", "127.0.0.1", 9090, Entry.NODE),
+            {SIBLING: (Path.MASQUERADED, "10.0.1.1")},
+        ),
         (Packet(CLIENT, NODE, UDP, 53), {SIBLING: (Path.LOCAL, CLIENT)}),
     ],
 )
@@ -157,6 +162,9 @@ def test_a_client_from_outside_is_steered_to_a_remote_replica() -> None:
         (syn(CLIENT, LOCAL, 80), Verdict.DROPPED, "from outside the mesh"),
         (syn(LOCAL, NODE, 8080), Verdict.DROPPED, "from outside the mesh"),
         (syn(CLIENT, "127.0.0.1", 8080), Verdict.DROPPED, "from outside the mesh"),
+        (syn(CLIENT, "127.0.0.1", 9090), Verdict.DROPPED, "from outside the mesh"),
+        (syn(SIBLING, "127.0.0.1", 9090, Entry.CONTAINER), Verdict.DROPPED, "its node's subnet"),
+        (syn(NODE, NODE, 9090, Entry.NODE), Verdict.PASSED, "nothing of the mesh"),
         (syn(LOCAL, VIP, 81, Entry.CONTAINER), Verdict.REFUSED, "no such port"),
         (syn(LOCAL, "10.1.0.9", 80, Entry.CONTAINER), Verdict.DROPPED, "nobody's VIP"),
         (syn("10.0.2.7", VIP, 80, Entry.CONTAINER), Verdict.DROPPED, "its node's subnet"),
