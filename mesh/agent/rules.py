@@ -18,7 +18,7 @@ from mesh.agent.neighbours import Neighbours
 from mesh.agent.planner import Plans
 from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall
-from mesh.engine import backend
+from mesh.engine import backend, backoff
 from mesh.engine.flows import Flows
 from mesh.engine.healing import SOMEBODY, WINDOW, History
 from mesh.engine.reconciler import Reconciler
@@ -92,6 +92,7 @@ class Rules:
         self.traffic = Traffic(layout, self._reconciler.pool, partial(ports.named, vips), told)
         self._history = History()
         self._news = asyncio.Event()
+        self._refused = asyncio.Event()
         self._struggle: tuple[Problem, ...] = ()
         self.healings = Healings()
         self._told = told
@@ -117,6 +118,7 @@ class Rules:
         """Start everything that goes on besides."""
         tasks.create_task(self._keep_healed(), name="healer")
         tasks.create_task(self._keep_told(), name="healings")
+        tasks.create_task(self._keep_retrying(), name="retries")
         tasks.create_task(self._neighbours.run(parameters), name="firewall")
         tasks.create_task(
             self._flows.run(self._reconciler.held, self._reconciler.held_udp), name="flows"
@@ -188,6 +190,22 @@ class Rules:
             self._told()
             await asyncio.sleep(_TELL_SECONDS)
 
+    async def _keep_retrying(self) -> None:
+        """Try again whom the kernel refused, each by itself and later each time."""
+        clock, due = asyncio.get_running_loop().time, dict[tuple[str, int], float]()
+        while True:
+            tried = self._reconciler.refused.items()
+            due = {key: due.get(key, clock() + backoff.delay(key[1])) for key in tried}
+            try:
+                async with asyncio.timeout_at(min(due.values(), default=None)):
+                    await self._refused.wait()
+            except TimeoutError:
+                pass
+            self._refused.clear()
+            for owner, _ in [key for key, at in due.items() if at <= clock()]:
+                await self._until_done(partial(self._reconciler.retry, owner))
+                self._told()
+
     async def _until_done(self, step: Callable[[], Awaitable[None]]) -> None:
         """Do a step; as long as the rules cannot be written, try to heal them instead.
 
@@ -195,7 +213,10 @@ class Rules:
         """
         while True:
             try:
-                return await step()
+                await step()
+                if self._reconciler.refused:
+                    self._refused.set()
+                return
             except (ApplyFailed, CommandFailed, HostNotReady, NotFound) as error:
                 log.error("rules not in line, trying again: %s", error)
             await asyncio.sleep(_RETRY_SECONDS)

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mesh.delta import Delta
+from mesh.engine import backoff
 from mesh.engine.healing import Repair
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
@@ -20,7 +21,7 @@ from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from mesh.dataplane.protocol import Driver, ElementDelta
     from mesh.engine.desired import Desired, Touched
@@ -58,6 +59,7 @@ class Reconciler:
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
         self._pools: dict[str, tuple[str, ...]] = {}
         self._failed: dict[str, Problem] = {}
+        self._tries: dict[str, int] = {}
         self._staged = False
         self._repaired = Repair()
         self._writing = asyncio.Lock()
@@ -165,6 +167,31 @@ class Reconciler:
             elif delta:
                 await self._apply(delta)
 
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """Whom the kernel refused, and how often in a row."""
+        return {owner: self._tries[owner] for owner in self._failed}
+
+    async def retry(self, owner: str) -> None:
+        """Try once more to let in somebody whom the kernel refused.
+
+        It costs what that one has, however many others there are.
+        """
+        async with self._writing:
+            if owner not in self._failed:
+                return
+            held = self._ledger.held_by(owner)
+            delta = Delta.between(await self._driver.read_some(held), held)
+            try:
+                if delta:
+                    await self._write(delta)
+            except ApplyFailed as error:
+                self._refused(delta)
+                self._refuse(owner, error)
+            else:
+                log.info("let in owner=%s tries=%d", owner, self._tries.pop(owner))
+                del self._failed[owner]
+
     def held(self, number: int) -> Elements:
         """The elements that have a frontend id; for mesh.rules.stale.
 
@@ -252,6 +279,7 @@ class Reconciler:
                 await self._driver.apply(delta)
         except ApplyFailed:
             await self._apply_each()
+        self._tries = dict(self.refused)
         await self._driver.attach()
         self._written(delta)
         damaged = (delta.remove.keys() | delta.add.keys()) - own.add.keys() - own.remove.keys()
@@ -270,8 +298,13 @@ class Reconciler:
                 await self._driver.apply(Delta({}, missing))
             except ApplyFailed as error:
                 self._refused(Delta({}, missing))
-                log.error("refused owner=%s error=%s", owner, error)
-                self._failed[owner] = Problem(about=f"service {owner}", message=str(error))
+                self._refuse(owner, error)
+
+    def _refuse(self, owner: str, error: ApplyFailed) -> None:
+        tries = self._tries[owner] = self._tries.get(owner, 0) + 1
+        log.error("refused owner=%s tries=%d error=%s", owner, tries, error)
+        message = backoff.told(str(error), tries)
+        self._failed[owner] = Problem(about=f"service {owner}", message=message)
 
 
 def _without(actual: Elements, desired: Elements) -> Elements:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mesh.agent.planner import Plans
 from mesh.agent.state import State
 from mesh.dataplane.memory import MemoryDriver
+from mesh.engine import backoff
 from mesh.engine.desired import Touched
 from mesh.engine.reconciler import Reconciler
 from mesh.errors import ApplyFailed
@@ -88,6 +89,54 @@ async def test_a_service_that_stays_refused_keeps_nobody_from_changing() -> None
     held = (await node.kernel.read()).values()
     assert any(data.startswith(bytes((10, 0, 1, 5))) for data in held)
     assert not any(data.startswith(bytes((10, 0, 1, 3))) for data in held)
+
+
+async def test_who_is_refused_is_tried_again_by_itself() -> None:
+    node = await Node().start()
+    whole = await node.kernel.read()
+
+    await node.reconciler.retry("bad")
+    await node.reconciler.retry("bad")
+    refused = dict(node.reconciler.refused)
+    (problem,) = node.reconciler.problems()
+    kept = await node.kernel.read()
+    node.kernel.refusing = False
+    await node.reconciler.retry("bad")
+
+    assert refused == {"bad": 3}
+    assert problem.message == "targets4: refused; tried 3 times, and again after 4 s"
+    assert kept == whole
+    assert (node.told(), node.reconciler.refused) == ([], {})
+    assert any(data.startswith(_BAD) for data in (await node.kernel.read()).values())
+
+
+async def test_who_was_let_in_begins_anew() -> None:
+    node = await Node().start()
+    await node.reconciler.retry("bad")
+    await node.move("bad", 4)
+    await node.move("bad", 66)
+
+    assert node.reconciler.refused == {"bad": 1}
+
+
+async def test_nobody_is_tried_who_went_meanwhile() -> None:
+    node = await Node().start()
+    touched = node.state.apply(records.delete("/mesh/services/bad", 7))
+    await node.reconciler.reconcile(touched)
+    before = await node.kernel.read()
+    node.kernel.refusing = False
+
+    await node.reconciler.retry("bad")
+
+    assert (node.told(), node.reconciler.refused) == ([], {})
+    assert await node.kernel.read() == before
+
+
+def test_tries_come_later_each_time_but_not_for_ever() -> None:
+    delays = [backoff.delay(tries) for tries in range(1, 9)]
+
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert backoff.delay(10**9) == 60
 
 
 async def test_a_healing_lets_in_what_is_refused_no_longer() -> None:
