@@ -11,6 +11,10 @@ import signal
 import sys
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("mesh", deadline=None)  # this machine may be busy with others
+settings.load_profile("mesh")
 
 _MARK = "MESH_TEST_NAMESPACES"
 _SETUP = (
