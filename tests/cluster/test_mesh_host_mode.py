@@ -7,10 +7,12 @@ must do is in tests/netns/test_host_mode.py.
 from __future__ import annotations
 
 import signal
+import socket
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mesh.dataplane import netns
 from tests.support.cluster import PORT, Cluster, cluster, host, until, until_served
 from tests.support.requests import REFUSED, Ask, ask_all, replicas, stream
 
@@ -87,12 +89,15 @@ async def test_a_task_has_all_of_its_ports_or_none(mesh: Cluster) -> None:
     assert await replicas(one) == {REFUSED}
     assert await replicas(other) == {"a1"}
     assert mesh.records.get("published/n1/a2") is None
+    assert (is_free(mesh, BUSY), is_free(mesh, TAKEN)) == (True, False)
 
     mesh.untask("first", "a1")
     await until_served([*one, *other], {"a2"})
     await until(lambda: len(mesh.records.get("published/n1/a2") or ()) == 5)
     await until(lambda: "web" not in mesh.problems("n1"))
+    assert not any(is_free(mesh, one["hostPort"]) for one in mesh.records.get("published/n1/a2"))
     await withdraw(mesh, "first", "web")
+    await until(lambda: is_free(mesh, BUSY) and is_free(mesh, TAKEN))
 
 
 async def test_loopback_addresses_are_published_on_where_the_node_allows_it(mesh: Cluster) -> None:
@@ -130,6 +135,18 @@ async def test_loopback_addresses_are_published_on_where_the_node_allows_it(mesh
     assert await replicas(loopback(mesh, "n1", OWN)) == {REFUSED}
     await until(lambda: routed(mesh) == ("0", ""), "what was set for it is taken back")
     await withdraw(mesh, "own")
+
+
+def is_free(mesh: Cluster, port: int) -> bool:
+    """Whether a process of the node could have a port; the kernel's word, not the records'."""
+    with netns.entered(mesh.netns("n1")):
+        probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    with probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 async def restart(mesh: Cluster, number: int) -> None:
