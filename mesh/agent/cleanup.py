@@ -11,12 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mesh.agent import etcd, lock, predecessor, remark, writeback
+from mesh.agent import etcd, remark, writeback
 from mesh.agent.network import Network
 from mesh.agent.state import State
 from mesh.dataplane import host, localports, sysctl, xttidy
 from mesh.dataplane.firewall import Firewall
-from mesh.engine import backend
+from mesh.engine import backend, lock, predecessor
 from mesh.errors import StoreUnavailable
 from mesh.health import memory
 from mesh.rules.program import Devices

@@ -11,8 +11,9 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mesh.agent import etcd, lock, predecessor
+from mesh.agent import etcd
 from mesh.agent.agent import Agent
+from mesh.engine import lock, predecessor
 from mesh.errors import MeshError
 
 if TYPE_CHECKING:

@@ -206,7 +206,7 @@ class Rules:
                 await self._until_done(partial(self._reconciler.retry, owner))
                 self._told()
 
-    async def _until_done(self, step: Callable[[], Awaitable[None]]) -> None:
+    async def _until_done(self, step: Callable[[], Awaitable[object]]) -> None:
         """Do a step; as long as the rules cannot be written, try to heal them instead.
 
         Somebody may delete the table in the middle of it.

@@ -64,6 +64,7 @@ class IptablesDriver:
         self.name = f"iptables-{flavour}"
         self._programs = Programs(flavour, self._own)
         self._layout = parameters.layout
+        self._owner = parameters.owner
         self._program = {family: xtables.program(parameters, family) for family in FAMILIES}
         self._version = {f: xtables.version(tables) for f, tables in self._program.items()}
         self._bridge = program.build(parameters).bridge
@@ -278,7 +279,7 @@ class IptablesDriver:
 
     def _whole(self, family: Family) -> xtables_intact.Program:
         version, tables = self._version[family], self._program[family]
-        return xtables_intact.Program(version, tables, self._layout)
+        return xtables_intact.Program(version, tables, self._layout, self._owner)
 
     async def _load(self, family: Family, found: _Found) -> None:
         """Write every chain of ours, then what they look like to iptables-save."""

@@ -7,13 +7,14 @@ What the kernel lacks is skipped and what it refuses is reported: containers oft
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from mesh.model.address import Family
 from mesh.model.report import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from mesh.delta import Delta
     from mesh.model.link import DeviceNames
@@ -58,6 +59,15 @@ def desired(names: DeviceNames, *, loopback: bool | None = False) -> dict[str, s
 def accept_advertisements(devices: Iterable[str]) -> dict[str, str]:
     """Keep router advertisements on `devices`: by default a host that forwards ignores them."""
     return {f"net/ipv6/conf/{device}/accept_ra": "2" for device in devices}
+
+
+def forwards(family: Family) -> bool:
+    """Whether the kernel forwards in the network namespace of the calling thread."""
+    setting = "ipv4/ip_forward" if family is Family.V4 else "ipv6/conf/all/forwarding"
+    try:
+        return Path("/proc/sys/net", setting).read_text("ascii").strip() != "0"
+    except OSError:  # no IPv6, or not to be read: nothing is known against it
+        return True
 
 
 class SysctlDriver:

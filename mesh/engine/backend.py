@@ -43,6 +43,8 @@ class Chosen(NamedTuple):
 
     driver: Driver
     reason: str
+    loaded: bool = False
+    """Whether its program was not there, or not as it should be."""
 
 
 def check(wanted: str) -> None:
@@ -61,7 +63,7 @@ async def choose(wanted: str, parameters: Parameters) -> Chosen:
         try:
             host.check_program("nft", "nftables")
             driver = NftablesDriver(parameters)
-            await driver.prepare()
+            loaded = await driver.prepare()
         except (CommandFailed, HostNotReady, OSError) as error:
             if driver is not None:
                 driver.close()
@@ -69,7 +71,8 @@ async def choose(wanted: str, parameters: Parameters) -> Chosen:
                 raise
             log.warning("backend=nftables cannot be used: %s", error)
             return await _iptables(await _used(), parameters, f"nftables cannot be used: {error}")
-        return Chosen(driver, "configured" if wanted == "nftables" else "this kernel has nftables")
+        reason = "configured" if wanted == "nftables" else "this kernel has nftables"
+        return Chosen(driver, reason, loaded)
     if wanted == "iptables":
         return await _iptables(await _used(), parameters, "configured, in the host's flavour")
     flavour: Flavour = "legacy" if wanted == "iptables-legacy" else "nft"
@@ -125,8 +128,8 @@ async def _iptables(flavour: Flavour, parameters: Parameters, reason: str) -> Ch
     for program, package in ((f"iptables-{flavour}-restore", "iptables"), ("ipset", "ipset")):
         host.check_program(program, package)
     driver = IptablesDriver(parameters, flavour)
-    await driver.prepare()
-    return Chosen(driver, reason)
+    loaded = await driver.prepare()
+    return Chosen(driver, reason, loaded)
 
 
 async def _used() -> Flavour:

@@ -98,12 +98,23 @@ class Flows:
             await self._shrunk.wait()
             self._shrunk.clear()
             try:
-                flows = await self._conntrack.unanswered()
-                await self._conntrack.delete(stale.stranded(flows, held, self._layout))
+                await self._forget_stranded(held)
             except ApplyFailed as error:
                 self._tell(error)
                 self._shrunk.set()
             await asyncio.sleep(_LOOK_SECONDS)
+
+    async def settle(self, held: Held, held_udp: Held) -> None:
+        """Forget once what is due by now, for whoever does not `run`.  Raises ApplyFailed."""
+        deltas, self._written = self._written, []
+        await self._forget(deltas, held_udp)
+        if self._shrunk.is_set():
+            self._shrunk.clear()
+            await self._forget_stranded(held)
+
+    async def _forget_stranded(self, held: Held) -> None:
+        flows = await self._conntrack.unanswered()
+        await self._conntrack.delete(stale.stranded(flows, held, self._layout))
 
     def _tell(self, error: ApplyFailed) -> None:
         self._failed()

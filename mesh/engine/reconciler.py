@@ -64,8 +64,9 @@ class Reconciler:
         self._repaired = Repair()
         self._writing = asyncio.Lock()
 
-    async def start(self, before: Elements) -> None:
-        """Take over what the kernel holds: same ids, and only the difference is written.
+    async def start(self, before: Elements) -> int:
+        """Take over what the kernel holds: same ids, and only the difference is written, which is
+        as many elements as is returned.
 
         `before` is what another backend holds, whose flows go on with the ids they have.
 
@@ -85,9 +86,11 @@ class Reconciler:
         except ApplyFailed as error:
             log.warning("apply failed, reading the kernel back: %s", error)
             await self.heal()
+            written = self._repaired.elements
         else:
             log.info("adopted written=%d removed=%d", written, len(actual))
         await self._driver.attach()
+        return written + len(actual)
 
     async def _take_over(self, actual: Elements, names: list[str]) -> int:
         """Write what is missing in `actual`, and remove what is left there.

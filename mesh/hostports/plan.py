@@ -12,9 +12,9 @@ from mesh.model.address import one_per_family
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mesh.model.publish import Protocol
-    from mesh.model.service import ServiceSpec
-    from mesh.model.task import Task
     from mesh.model.view import HostClaim, NodeView, ServiceView
 
 
@@ -27,14 +27,23 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
         return ()
     tasks = {task.id: task for task in service.tasks if task.node == node.name}
     eligible = {task.id for task in service.eligible(node.live)}
-    pools: defaultdict[tuple[str, int, Protocol], list[HostClaim]] = defaultdict(list)
-    for claim in service.host_ports:
-        if claim.task in tasks:
-            pools[claim.task, claim.target, claim.protocol].append(claim)
     return tuple(
-        _forwarding(service.spec, tasks[task], claims, serves=task in eligible)
-        for (task, _, _), claims in sorted(pools.items(), key=_order)
+        _leading(tasks[task].addresses if task in eligible else (), claims, service.spec.allow)
+        for task, claims in _pools(claim for claim in service.host_ports if claim.task in tasks)
     )
+
+
+def lead(addresses: tuple[str, ...], claims: Iterable[HostClaim]) -> tuple[Forwarding, ...]:
+    """The same of one container at `addresses` to which all of these ports lead."""
+    return tuple(_leading(addresses, each) for _, each in _pools(claims))
+
+
+def _pools(claims: Iterable[HostClaim]) -> list[tuple[str, list[HostClaim]]]:
+    """Those that share a pool, together, with their task."""
+    pools: defaultdict[tuple[str, int, Protocol], list[HostClaim]] = defaultdict(list)
+    for claim in claims:
+        pools[claim.task, claim.target, claim.protocol].append(claim)
+    return [(task, each) for (task, _, _), each in sorted(pools.items(), key=_order)]
 
 
 def _order(pool: tuple[tuple[str, int, Protocol], list[HostClaim]]) -> tuple[str, int, str]:
@@ -42,17 +51,15 @@ def _order(pool: tuple[tuple[str, int, Protocol], list[HostClaim]]) -> tuple[str
     return task, target, protocol.value
 
 
-def _forwarding(
-    spec: ServiceSpec, task: Task, claims: list[HostClaim], *, serves: bool
+def _leading(
+    addresses: tuple[str, ...], claims: list[HostClaim], allow: tuple[str, ...] = ()
 ) -> Forwarding:
     first = claims[0]
-    backends = tuple(Backend(a, first.target) for a in one_per_family(task.addresses))
-    key = f"{spec.name}/{first.target}/{first.protocol.value}/host/{task.id}"
     return Forwarding(
-        key=key,
+        key=f"{first.service}/{first.target}/{first.protocol.value}/host/{first.task}",
         frontends=tuple(sorted(map(_frontend, claims), key=lambda f: (f.port, f.address or ""))),
-        backends=backends if serves else (),
-        allow=spec.allow,
+        backends=tuple(Backend(a, first.target) for a in one_per_family(addresses)),
+        allow=allow,
     )
 
 

@@ -9,6 +9,7 @@ NO_LABELS: Final[dict[str, str]] = {}
 """One for all records without any: of tens of thousands each would have its own."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_ID: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,126}[A-Za-z0-9])?")
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|s|m|h))+")
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -23,6 +24,16 @@ def check_name(text: str, what: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(
             f"{what} {text!r} is not a name: use 1 to 63 letters, digits, '-', '_' or '.', "
+            "with a letter or digit at both ends"
+        )
+    return text
+
+
+def check_id(text: str, what: str) -> str:
+    """The same for names that others give: a container's is 64 digits, and twice that is enough."""
+    if not _ID.fullmatch(text):
+        raise ValueError(
+            f"{what} {text!r} is not a name: use 1 to 128 letters, digits, '-', '_' or '.', "
             "with a letter or digit at both ends"
         )
     return text

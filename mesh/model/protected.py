@@ -47,11 +47,21 @@ def protection(cluster: Cluster, protocol: Protocol, port: int) -> Protection | 
     """What speaks against publishing a port on nodes' addresses, if anything does."""
     if port in _own(cluster, protocol):
         return Protection("carries the overlay itself: publish another port", forcible=False)
-    entry = _listed(cluster.protected_ports)[protocol].get(port)
+    entry = listed(cluster.protected_ports, protocol, port)
     if entry is None:
         return None
     reason = f"is protected ({entry} in the cluster's protectedPorts): publish another port"
     return Protection(f"{reason}, or force it", forcible=True)
+
+
+def listed(entries: tuple[str, ...], protocol: Protocol, port: int) -> str | None:
+    """The entry that protects a port, if any does."""
+    return _listed(entries)[protocol].get(port)
+
+
+def numbers(entries: tuple[str, ...], protocol: Protocol) -> frozenset[int]:
+    """Every port of a protocol that some entry protects."""
+    return frozenset(_listed(entries)[protocol])
 
 
 def barred(cluster: Cluster, protocol: Protocol) -> frozenset[int]:

@@ -19,7 +19,7 @@ EDITION: Final = 2
 SLOT: Final = 5
 """Where the program's fingerprint tells it, behind what else it tells."""
 
-_CANARY: Final = re.compile(r"[0-9a-f.]+/([0-9]+)")
+_CANARY: Final = re.compile(r"[0-9a-f.]+/([0-9]+)(?:/[0-9a-f]+)?")
 
 
 def of_fingerprint(found: Elements) -> int:

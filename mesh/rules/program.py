@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
-from mesh.rules import elements, marks, slots
+from mesh.rules import elements, marks, owner, slots
 from mesh.rules.edition import EDITION, SLOT
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ class Parameters:
     """What the program says about one node; pairs hold v4, then v6.
 
     `prefixes` is everything the mesh owns, `vips` the part that no host has, `layout` what it keeps
-    in marks, `closed` the local addresses on which only ports that name them answer.  Raises
+    in marks, `closed` the local addresses on which only ports that name them answer.  In each of
+    the `segments` hosts reach each other without this node, which has to be seen as the client
+    where it leads one of them to another.  `owner` is whose rules these are (mesh.rules.owner).
+    Raises
     ValueError for a name nft might misread.
     """
 
@@ -74,6 +77,8 @@ class Parameters:
     vips: tuple[tuple[str, ...], ...]
     layout: Layout = marks.DEFAULT
     closed: tuple[tuple[str, ...], ...] = CLOSED
+    segments: tuple[tuple[str, ...], ...] = ((), ())
+    owner: int = owner.AGENT
 
     def __post_init__(self) -> None:
         for device in self.devices[:3]:
@@ -227,6 +232,8 @@ def build(parameters: Parameters) -> Program:
         told = "".join(f", {key} : 0x{mask:x}" for key, mask in fields)
     schema, version = _digest("\n".join(declarations)), _digest(f"{EDITION} {text}")
     told = f"0 : 0x{schema:x}, 1 : 0x{version:x}{told}, {SLOT} : 0x{EDITION:x}"
+    if parameters.owner != owner.AGENT:
+        told += f", {owner.SLOT} : 0x{parameters.owner:x}"
     inet += f"add element inet mesh fingerprint {{ {told} }}\n"
     return Program(inet, mark + bridge, schema, version, layout)
 
@@ -313,10 +320,15 @@ def _of_family(line: str, parameters: Parameters, family: Family) -> Iterator[st
 def _asked(line: str, parameters: Parameters, family: Family) -> Iterable[dict[str, str]]:
     """What the words of a line mean that stands more than once in a family."""
     layout, index = parameters.layout, FAMILIES.index(family)
-    ranges = {"prefix": parameters.prefixes, "vip": parameters.vips, "closed": parameters.closed}
-    for word, pairs in ranges.items():
+    several = {
+        "prefix": parameters.prefixes,
+        "vip": parameters.vips,
+        "closed": parameters.closed,
+        "segment": parameters.segments,
+    }
+    for word, values in several.items():
         if f"${word}" in line:
-            return [{word: prefix} for prefix in pairs[index]]
+            return [{word: value} for value in values[index]]
     if "$length" in line:
         return _lengths(family, layout)
     if "$host" in line:

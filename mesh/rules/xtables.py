@@ -185,6 +185,7 @@ def _lines(source: str, parameters: Parameters, family: Family) -> Iterator[str]
         "prefix": [{"prefix": each} for each in parameters.prefixes[index]],
         "vip": [{"vip": each} for each in parameters.vips[index]],
         "closed": [{"closed": each} for each in parameters.closed[index]],
+        "segment": [{"segment": each} for each in parameters.segments[index]],
         "host": [{"host": f"0x{b:x}", "place": f"0x{p:x}"} for b, p in layout.waiting().items()],
     }
     for line in source.splitlines():

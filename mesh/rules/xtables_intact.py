@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model.report import Problem
-from mesh.rules import ipsets, marks, xtables
+from mesh.rules import ipsets, marks, owner, xtables
 from mesh.rules.edition import EDITION
 
 if TYPE_CHECKING:
@@ -22,18 +22,20 @@ _REWRITTEN: Final = "was changed by somebody: the agent will write it again"
 
 
 class Program(NamedTuple):
-    """The static chains of one family, their version, and how they keep marks."""
+    """The static chains of one family, their version, how they keep marks, and whose they are."""
 
     version: str
     tables: Mapping[str, Table]
     layout: Layout
+    owner: int = owner.AGENT
 
 
 def told(program: Program, static: Table, saved: Saved) -> str:
     """What the canary says of chains that nobody touched."""
     witness, layout = xtables.witness(static, saved), program.layout
     fields = "" if layout == marks.DEFAULT else f".{layout.packet_mark:x}.{layout.ct_mark:x}"
-    return f"{program.version}.{witness}{fields}/{EDITION}"
+    whose = f"/{program.owner:x}" if program.owner != owner.AGENT else ""
+    return f"{program.version}.{witness}{fields}/{EDITION}{whose}"
 
 
 def layout(saved: Mapping[str, Saved]) -> Layout | None:

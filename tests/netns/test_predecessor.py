@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.agent import predecessor
+from mesh.engine import predecessor
 from mesh.dataplane import command, nfmessages, xtlegacy
 from mesh.dataplane.nfnetlink import Socket
 from mesh.errors import HostNotReady
