@@ -117,7 +117,11 @@ class Socket:
 
     def __init__(self, group: int = 0) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-        self._socket.bind((0, 1 << group - 1 if group else 0))
+        try:
+            self._socket.bind((0, 1 << group - 1 if group else 0))
+        except OSError:  # only who administers the network hears of changes to it
+            self._socket.close()
+            raise
         self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
         # Not settimeout(): that costs a poll(2) for each message.

@@ -128,7 +128,11 @@ async def _iptables(flavour: Flavour, parameters: Parameters, reason: str) -> Ch
     for program, package in ((f"iptables-{flavour}-restore", "iptables"), ("ipset", "ipset")):
         host.check_program(program, package)
     driver = IptablesDriver(parameters, flavour)
-    loaded = await driver.prepare()
+    try:
+        loaded = await driver.prepare()
+    except BaseException:
+        driver.close()
+        raise
     return Chosen(driver, reason, loaded)
 
 

@@ -40,6 +40,16 @@ async def check(own: int = owner.AGENT) -> None:
             raise Conflict(refusal)
 
 
+def check_nftables(own: int) -> None:
+    """The same of nftables alone, which tells in no time, and of whose rules only.
+
+    Raises Conflict.
+    """
+    for each in _of_nftables():
+        if (refusal := owner.refusal(each.where, each.owner, own)) is not None:
+            raise Conflict(refusal)
+
+
 async def owners() -> frozenset[int]:
     """Whose rules there are."""
     return frozenset([each.owner async for each in _all()])

@@ -60,7 +60,11 @@ class Installation:
         """
         backend.check(wanted)
         chosen = await backend.choose(wanted, parameters)
-        made = Installation(published, chosen, parameters, mode)
+        try:
+            made = Installation(published, chosen, parameters, mode)
+        except BaseException:
+            chosen.driver.close()
+            raise
         try:
             await made._begin()
         except BaseException:
@@ -75,7 +79,6 @@ class Installation:
         self.mended |= Repair(elements=wrong)
         await self._look()
         await backend.retire_others(self._driver, self.parameters)
-        await self._settle()
 
     async def change(self, task: str) -> None:
         """A task has other ports now.  Raises ApplyFailed if the kernel does not take them."""
@@ -83,7 +86,6 @@ class Installation:
         for problem in self._reconciler.problems():
             if problem.about == f"service {task}":
                 raise ApplyFailed(problem.message)
-        await self._settle()
         await self._look()
 
     async def heal(self) -> Repair:
@@ -109,8 +111,10 @@ class Installation:
         """Have the host's own firewall let pass what we forward."""
         await self._firewall.sync(Wanted.of(self.parameters, 0, frozenset()))
 
-    async def _settle(self) -> None:
-        """Forget the flows that nothing serves any more."""
+    async def settle(self) -> None:
+        """Forget the flows that nothing serves any more: each look at them takes the kernel some
+        20 ms.  Raises ApplyFailed.
+        """
         await self._flows.settle(self._reconciler.held, self._reconciler.held_udp)
 
     def close(self) -> None:

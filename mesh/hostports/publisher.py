@@ -10,20 +10,21 @@ namespace of the thread that makes the publisher.
 from __future__ import annotations
 
 import asyncio
-import os
-from concurrent.futures import ThreadPoolExecutor
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mesh.dataplane.firewall import Mode
 from mesh.engine import backend as backends
-from mesh.errors import BadUsage, HostNotReady
+from mesh.errors import BadUsage
 from mesh.hostports.publications import DYNAMIC, Settings
 from mesh.hostports.statedir import StateDirectory
 from mesh.hostports.transactions import Host, Transactions
+from mesh.hostports.worker import Worker
 from mesh.model import protected
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Coroutine, Iterable
     from concurrent.futures import Future
     from types import TracebackType
@@ -40,25 +41,16 @@ T = TypeVar("T")
 STATE_DIR: Final = "/var/lib/mesh/hostports"
 
 
-class _Worker:
-    """One thread with an event loop, on which a publisher's calls are done one after the other."""
+class _Shared:
+    """What both publishers are made of."""
 
     def __init__(self, state: StateDirectory, host: Host) -> None:
         self.state = state
-        self._process = os.getpid()
-        self._transactions = Transactions(state, host)
-        self._runner = asyncio.Runner()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mesh-hostports")
-        self._thread.submit(self._runner.get_loop).result()  # the thread, in this namespace
-
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        return self._transactions.problems
+        self.transactions = Transactions(state, host)
+        self._worker = Worker(self.transactions)
 
     def submit(self, call: Callable[[Transactions], Coroutine[Any, Any, T]]) -> Future[T]:
-        if os.getpid() != self._process:
-            raise HostNotReady("a publisher does not outlive fork(2): make one in each process")
-        return self._thread.submit(lambda: self._runner.run(call(self._transactions)))
+        return self._worker.submit(lambda: call(self.transactions))
 
     def published(self, task: str) -> tuple[PortMapping, ...]:
         found = self.state.read(task)
@@ -68,16 +60,7 @@ class _Worker:
         return {each.task: each.mappings for each in self.state.tasks()}
 
     def close(self) -> None:
-        def end() -> None:
-            self._transactions.close()
-            self._runner.close()
-
-        if os.getpid() == self._process:
-            try:
-                self._thread.submit(end).result()
-            except RuntimeError:  # closed before
-                return
-            self._thread.shutdown()
+        self._worker.close()
 
 
 def _host(
@@ -123,7 +106,8 @@ class HostPortPublisher:
         protected_ports: Iterable[str] = protected.DEFAULT,
     ) -> None:
         host = _host(backend, firewall, dynamic, protected_ports)
-        self._worker = _Worker(StateDirectory(Path(state_dir)), host)
+        self._shared = _Shared(StateDirectory(Path(state_dir)), host)
+        weakref.finalize(self, self._shared.close).atexit = False
 
     def publish_ports(
         self, task_id: str, container_ip: str | Iterable[str], ports: Iterable[Asked]
@@ -135,51 +119,51 @@ class HostPortPublisher:
         Conflict naming who has a port, BadUsage, ApplyFailed, HostNotReady.
         """
         return _mappings(
-            self._worker.submit(lambda t: t.publish(task_id, container_ip, ports)).result()
+            self._shared.submit(lambda t: t.publish(task_id, container_ip, ports)).result()
         )
 
     def unpublish_ports(self, task_id: str) -> bool:
         """Have no port lead to a task any more; whether one did.  Its connections may end by
         themselves, UDP flows end here.
         """
-        return self._worker.submit(lambda t: t.unpublish(task_id)).result()
+        return self._shared.submit(lambda t: t.unpublish(task_id)).result()
 
     def get_published_ports(self, task_id: str) -> tuple[PortMapping, ...]:
         """The ports of a task, whoever published them with this state directory."""
-        return self._worker.published(task_id)
+        return self._shared.published(task_id)
 
     def published(self) -> dict[str, tuple[PortMapping, ...]]:
         """The same of every task."""
-        return self._worker.all_published()
+        return self._shared.all_published()
 
     def check(self) -> Checked:
         """Find and put right what somebody else did to the rules, since the last call or since
         another process published; and say what else keeps packets away.
         """
-        return self._worker.submit(lambda t: t.check()).result()
+        return self._shared.submit(lambda t: t.check()).result()
 
     def restore(self) -> int:
         """Have the kernel hold what the state directory says: after a reboot, or in a new network
         namespace that takes the place of the old one.  Returns how many tasks have ports.
         """
-        return self._worker.submit(lambda t: t.restore()).result()
+        return self._shared.submit(lambda t: t.restore()).result()
 
     def cleanup(self, *, force: bool = False) -> None:
         """Take all that was published off this host, rules and state, and see that it is gone;
         with `force` also what another state directory published here.
         """
-        self._worker.submit(lambda t: t.cleanup(force=force)).result()
+        self._shared.submit(lambda t: t.cleanup(force=force)).result()
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """What the last call found that keeps packets away: a firewall that drops them, a kernel
         that does not forward.
         """
-        return self._worker.problems
+        return self._shared.transactions.problems
 
     def close(self) -> None:
         """Release sockets and the thread; what is published stays."""
-        self._worker.close()
+        self._shared.close()
 
     def __enter__(self) -> HostPortPublisher:
         return self
@@ -206,7 +190,8 @@ class AsyncHostPortPublisher:
         protected_ports: Iterable[str] = protected.DEFAULT,
     ) -> None:
         host = _host(backend, firewall, dynamic, protected_ports)
-        self._worker = _Worker(StateDirectory(Path(state_dir)), host)
+        self._shared = _Shared(StateDirectory(Path(state_dir)), host)
+        weakref.finalize(self, self._shared.close).atexit = False
 
     async def publish_ports(
         self, task_id: str, container_ip: str | Iterable[str], ports: Iterable[Asked]
@@ -220,11 +205,11 @@ class AsyncHostPortPublisher:
 
     async def get_published_ports(self, task_id: str) -> tuple[PortMapping, ...]:
         """See HostPortPublisher.get_published_ports."""
-        return await asyncio.to_thread(self._worker.published, task_id)
+        return await asyncio.to_thread(self._shared.published, task_id)
 
     async def published(self) -> dict[str, tuple[PortMapping, ...]]:
         """See HostPortPublisher.published."""
-        return await asyncio.to_thread(self._worker.all_published)
+        return await asyncio.to_thread(self._shared.all_published)
 
     async def check(self) -> Checked:
         """See HostPortPublisher.check."""
@@ -241,11 +226,11 @@ class AsyncHostPortPublisher:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """See HostPortPublisher.problems."""
-        return self._worker.problems
+        return self._shared.transactions.problems
 
     async def close(self) -> None:
         """See HostPortPublisher.close."""
-        await asyncio.to_thread(self._worker.close)
+        await asyncio.to_thread(self._shared.close)
 
     async def __aenter__(self) -> AsyncHostPortPublisher:
         return self
@@ -260,7 +245,7 @@ class AsyncHostPortPublisher:
 
     async def _do(self, call: Callable[[Transactions], Coroutine[Any, Any, T]]) -> T:
         """What has begun is done to its end, also if nobody waits for it any more."""
-        return await asyncio.wrap_future(self._worker.submit(call))
+        return await asyncio.wrap_future(self._shared.submit(call))
 
 
 def _mappings(found: Publication | None) -> tuple[PortMapping, ...]:

@@ -55,6 +55,7 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = -1
+        self._written: set[Path] = set()
         self.header = Header(owner=0)
 
     # ---- the header
@@ -118,7 +119,10 @@ class StateDirectory:
             return None
         path = self._file(task)
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=Publication)
+            data = path.read_bytes()
+            if not data:  # lost in a power cut, as was the kernel's part of it
+                return None
+            found = msgspec.json.decode(data, type=Publication)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -144,7 +148,10 @@ class StateDirectory:
                     yield found
 
     def write(self, publication: Publication) -> None:
-        """A task has these ports.  Raises HostNotReady; then the file is as it was."""
+        """A task has these ports.  Raises HostNotReady; then the file is as it was.
+
+        What a power cut leaves is settled by `sync`: it may be an empty file before.
+        """
         path = self._file(publication.task)
         draft = path.with_name(f".{path.name}")
         try:
@@ -152,25 +159,34 @@ class StateDirectory:
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(msgspec.json.encode(publication))
-                file.flush()
-                os.fsync(descriptor)
             os.replace(draft, path)
-            _sync(path.parent)
         except OSError as error:
             with suppress(OSError):
                 draft.unlink()
             raise HostNotReady(f"{path}: {error.strerror}") from None
+        self._written.add(path)
 
     def remove(self, task: str) -> None:
         """A task has no ports.  Raises HostNotReady."""
         path = self._file(task)
         try:
             path.unlink(missing_ok=True)
-            _sync(path.parent)
-        except FileNotFoundError:
-            return
         except OSError as error:
             raise HostNotReady(f"{path}: {error.strerror}") from None
+        self._written.add(path)
+
+    def sync(self) -> None:
+        """Have the disk keep what was written and removed since last asked.  Raises HostNotReady.
+
+        Takes a disk milliseconds.
+        """
+        written, self._written = self._written, set()
+        try:
+            for path in (*written, *{path.parent for path in written}):
+                with suppress(FileNotFoundError):
+                    _sync(path)
+        except OSError as error:
+            raise HostNotReady(f"{self._path}: {error.strerror}") from None
 
     def clear(self) -> None:
         """Remove every file of ours, and the directory if nothing else is in it."""
@@ -196,8 +212,8 @@ def here() -> str:
     return f"{boot}/{os.stat('/proc/thread-self/ns/net').st_ino}"
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -63,6 +63,7 @@ class Transactions:
         self._known = Publications(host.settings)
         self._seen: tuple[int, int] | None = None
         self._installed: Installation | None = None
+        self._is_tidy = True
         self.problems: tuple[Problem, ...] = ()
         """What the last call found that keeps packets away, or could not do."""
 
@@ -103,6 +104,7 @@ class Transactions:
             if not self._known.names() and self._state.header.owner not in whose:
                 return Checked(Repair(), ())
             fresh = self._installed is None
+            await predecessor.check(self._state.header.owner)
             installed = await self._opened(self._addresses())
             mended = installed.mended if fresh else Repair()
             mended |= await installed.heal()
@@ -134,6 +136,23 @@ class Transactions:
             self._state.clear()
             self._known, self._seen = Publications(self._host.settings), None
 
+    @property
+    def is_tidy(self) -> bool:
+        """Whether nothing is left to do after the answers."""
+        return self._is_tidy
+
+    async def tidy(self) -> None:
+        """Have the disk keep what was written, and forget flows that nothing serves any more.
+        Raises MeshError.
+        """
+        self._is_tidy = True
+        self._state.sync()
+        if self._installed is not None:
+            with self._state.locked(), lock.briefly():
+                header = self._state.header
+                if self._seen == (header.owner, header.generation):
+                    await self._installed.settle()
+
     def close(self) -> None:
         """Release sockets; the kernel keeps forwarding."""
         self._close()
@@ -152,7 +171,7 @@ class Transactions:
         begun = msgspec.structs.replace(
             header, generation=header.generation + 1, unfinished=True, namespace=statedir.here()
         )
-        self._seen = None
+        self._seen, self._is_tidy = None, False
         self._state.save(begun)
         try:
             self._note(task, wanted)
@@ -235,6 +254,7 @@ class Transactions:
         addresses = set(more) | (set() if self._installed is not None else set(self._addresses()))
         segments = known | _segments(addresses, known)
         if self._installed is not None and segments == known:
+            predecessor.check_nftables(self._state.header.owner)
             return self._installed
         self._close()
         header = self._state.header
@@ -246,6 +266,7 @@ class Transactions:
         self._installed = await Installation.open(
             published, host.backend, parameters, host.firewall
         )
+        self._is_tidy = False
         self._finish()
         return self._installed
 

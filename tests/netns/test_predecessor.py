@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.engine import predecessor
 from mesh.dataplane import command, nfmessages, xtlegacy
 from mesh.dataplane.nfnetlink import Socket
+from mesh.engine import predecessor
 from mesh.errors import HostNotReady
 from mesh.model.address import Family
 from mesh.rules import elements, xtables
