@@ -23,6 +23,12 @@ COMMANDS: Final = {
     "agent": ("mesh.cli.agent:agent", "Run this node's agent in the foreground."),
     "service": ("mesh.cli.service:service", "Publish services; list and inspect them."),
     "task": ("mesh.cli.task:task", "Add, run, list and remove replicas of services."),
+    "publish": (
+        "mesh.cli.publish:publish",
+        "Lead ports of this host to a container, without etcd.",
+    ),
+    "unpublish": ("mesh.cli.publish:unpublish", "Take the ports of a container back."),
+    "published": ("mesh.cli.publish:published", "List the ports published without etcd."),
     "status": ("mesh.cli.status:status", "Say how the whole mesh is."),
     "doctor": ("mesh.cli.doctor:doctor", "Examine this host; say what to do."),
     "trace": ("mesh.cli.trace:trace", "Walk one packet through a node's rules, step by step."),

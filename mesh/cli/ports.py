@@ -91,13 +91,18 @@ class _Run(NamedTuple):
         return _Run(self.first, item, step) if follows and self.step in (None, step) else None
 
     @property
-    def swarm(self) -> str:
-        """As Swarm prints it: "*:8080->80/tcp"; host mode is said so."""
+    def plain(self) -> str:
+        """As Swarm prints it: "*:8080->80/tcp"."""
         port = self.first.port
         address = "*" if port.host_ip is None else bracketed(port.host_ip)
-        note = " (host)" if port.mode is PublishMode.HOST else ""
+        return f"{address}:{self._published or '?'}->{self._target}/{port.protocol.value}"
+
+    @property
+    def swarm(self) -> str:
+        """The same; host mode is said so."""
+        note = " (host)" if self.first.port.mode is PublishMode.HOST else ""
         note += "" if self.first.granted else " (pending)"
-        return f"{address}:{self._published or '?'}->{self._target}/{port.protocol.value}{note}"
+        return f"{self.plain}{note}"
 
     @property
     def warren(self) -> str:
@@ -146,6 +151,11 @@ def notation(assigned: Iterable[Assigned]) -> str:
     "?" stands for the number of a dynamic port that is not given yet, or another on each node.
     """
     return ", ".join(run.swarm for run in _runs(sorted(assigned, key=_order)))
+
+
+def plain(assigned: Iterable[Assigned]) -> str:
+    """The same where all of them are of one mode."""
+    return ", ".join(run.plain for run in _runs(sorted(assigned, key=_order)))
 
 
 def warren(assigned: Iterable[Assigned]) -> list[str]:

@@ -21,7 +21,7 @@ from mesh.model.names import check_id
 from mesh.model.publish import Protocol, PublishedPort, PublishMode, bracketed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Container, Iterable, Iterator
 
 DYNAMIC: Final = (32000, 32999)
 """Where numbers come from that nobody named: a cluster's `hostPorts` by default."""
@@ -148,9 +148,9 @@ class Publications:
         """
         _check(request)
         before = self._known.get(request.task)
-        had = frozenset(before.ports) if before is not None else frozenset()
+        had = {_place(port) for port in before.ports} if before is not None else set()
         for port in request.ports:
-            if port.published is not None and port not in had:
+            if port.published is not None and _place(port) not in had:
                 self._check_free(request.task, port, listener)
         ports, cursors = self._numbered(request, cursors, listener)
         try:
@@ -184,15 +184,6 @@ class Publications:
         if not wants:
             return request.ports, cursors
         named = {_number(port) for port in request.ports if port.published is not None}
-        numbers = Numbers()
-        numbers.confine(self._room)
-        for protocol in Protocol:
-            numbers.resume(protocol, cursors.of(protocol))
-        before = self._known.get(request.task)
-        for port in before.ports if before is not None else ():
-            if port.published is not None and _number(port) not in named:
-                kind = (request.task, request.task, port.protocol, port.target)
-                numbers.recall(kind, (port.published,))
 
         def is_held(want: Want, number: int) -> bool:
             holders = self._holders.get((want.protocol, number), ())
@@ -201,27 +192,41 @@ class Publications:
         def is_taken(want: Want, number: int) -> bool:
             if is_held(want, number) or (want.protocol, number) in named:
                 return True
-            place = wants[want]
-            asked = msgspec.structs.replace(request.ports[place], published=number, random=UNSET)
-            return listener(asked) is not None
+            return listener(_with_number(request.ports[wants[want]], number)) is not None
 
+        numbers = self._numbers(request.task, cursors, named)
         wishes = {
             want: Wish(request.draw, place, bool(request.ports[place].random))
             for want, place in wants.items()
         }
         numbers.want(request.task, wishes)
         numbers.settle(is_taken, is_held)
-        for want in numbers.lacking():
-            low, high = self._settings.dynamic
-            raise Conflict(
-                f"all dynamic {want.protocol.value} ports ({low}-{high}) are taken: unpublish "
-                "some, name a port, or widen the range"
-            )
         ports = list(request.ports)
         for want, place in wants.items():
             number = numbers.number(want)
-            ports[place] = msgspec.structs.replace(ports[place], published=number, random=UNSET)
+            if number is None:
+                low, high = self._settings.dynamic
+                raise Conflict(
+                    f"all dynamic {want.protocol.value} ports ({low}-{high}) are taken: unpublish "
+                    "some, name a port, or widen the range"
+                )
+            ports[place] = _with_number(ports[place], number)
         return tuple(ports), numbers.cursors
+
+    def _numbers(
+        self, task: str, cursors: Cursors, named: Container[tuple[Protocol, int]]
+    ) -> Numbers:
+        """The dynamic ports as a task finds them: those it has, and does not name, are its own."""
+        numbers = Numbers()
+        numbers.confine(self._room)
+        for protocol in Protocol:
+            numbers.resume(protocol, cursors.of(protocol))
+        before = self._known.get(task)
+        for port in before.ports if before is not None else ():
+            protocol, number = _number(port)
+            if (protocol, number) not in named:
+                numbers.recall((task, task, protocol, port.target), (number,))
+        return numbers
 
 
 def _check(request: Request) -> None:
@@ -260,6 +265,14 @@ def _wants(request: Request) -> Iterator[tuple[Want, int]]:
 def _number(port: PublishedPort) -> tuple[Protocol, int]:
     assert port.published is not None, "a port without a number is nobody's"
     return port.protocol, port.published
+
+
+def _with_number(port: PublishedPort, number: int) -> PublishedPort:
+    return msgspec.structs.replace(port, published=number, random=UNSET)
+
+
+def _place(port: PublishedPort) -> tuple[Protocol, int | None, str | None]:
+    return port.protocol, port.published, port.host_ip
 
 
 def _shown(port: PublishedPort) -> str:

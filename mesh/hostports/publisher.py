@@ -56,8 +56,8 @@ class _Shared:
         found = self.state.read(task)
         return found.mappings if found is not None else ()
 
-    def all_published(self) -> dict[str, tuple[PortMapping, ...]]:
-        return {each.task: each.mappings for each in self.state.tasks()}
+    def all_published(self) -> dict[str, Publication]:
+        return {each.task: each for each in self.state.tasks()}
 
     def close(self) -> None:
         self._worker.close()
@@ -132,8 +132,8 @@ class HostPortPublisher:
         """The ports of a task, whoever published them with this state directory."""
         return self._shared.published(task_id)
 
-    def published(self) -> dict[str, tuple[PortMapping, ...]]:
-        """The same of every task."""
+    def published(self) -> dict[str, Publication]:
+        """What every task has, by its name."""
         return self._shared.all_published()
 
     def check(self) -> Checked:
@@ -207,7 +207,7 @@ class AsyncHostPortPublisher:
         """See HostPortPublisher.get_published_ports."""
         return await asyncio.to_thread(self._shared.published, task_id)
 
-    async def published(self) -> dict[str, tuple[PortMapping, ...]]:
+    async def published(self) -> dict[str, Publication]:
         """See HostPortPublisher.published."""
         return await asyncio.to_thread(self._shared.all_published)
 

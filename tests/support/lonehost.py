@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
 from mesh.hostports import HostPortPublisher
-from tests.support.echo import EchoServers
+from mesh.model.publish import Protocol
+from tests.support.echo import EchoServers, ask
 from tests.support.namespaces import Namespace, wire
 
 if TYPE_CHECKING:
@@ -98,3 +99,18 @@ def _settle(namespace: Namespace, name: str, gateway: str, lengths: tuple[int, i
 
 def _nodad(address: str) -> list[str]:
     return ["nodad"] if ":" in address else []
+
+
+@contextmanager
+def publishing(state_dir: Path, backend: str) -> Iterator[HostPortPublisher]:
+    """One of which nothing is left in the end, whatever became of it."""
+    with publisher(state_dir, backend) as made:
+        yield made
+    with publisher(state_dir, backend) as last:
+        last.cleanup(force=True)
+
+
+def answers(port: int) -> set[str]:
+    """Who answers to the client at a port of the host over TCP, in both families."""
+    asked = (ask("client", Protocol.TCP, address, port) for address in ADDRESSES["host"])
+    return {each.partition(" ")[0] for each in asked}

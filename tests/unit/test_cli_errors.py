@@ -212,7 +212,7 @@ def test_every_verb_has_help_that_lists_the_common_options(cli: CommandLine) -> 
     from mesh.cli import main, options
 
     for name in main.COMMANDS:
-        if name in ("lab", "bench"):
+        if name in ("lab", "bench", "publish", "unpublish", "published"):  # without etcd
             continue
         noun = main.mesh.get_command(None, name)  # type: ignore[arg-type]
         verbs = list(getattr(noun, "commands", {})) or [""]
