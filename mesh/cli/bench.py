@@ -20,26 +20,30 @@ if TYPE_CHECKING:
     Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _services(default: str) -> Decorator:
+def _numbers(option: str, default: str, what: str, least: int, most: int = 9000) -> Decorator:
     def parsed(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> list[int]:
         parts = [part.strip() for text in given for part in text.split(",")]
-        sizes = [int(part) if part.isdecimal() else 0 for part in parts]
-        if not all(1 <= size <= names.MOST for size in sizes):
+        sizes = [int(part) if part.isdecimal() else -1 for part in parts]
+        if not all(least <= size <= most for size in sizes):
             shown = ",".join(parts)
-            said = f"{shown!r}: write numbers from 1 to {names.MOST}, as 10,1000"
+            said = f"{shown!r}: write numbers from {least} to {most}, as 10,1000"
             raise click.BadParameter(said)
         return list(dict.fromkeys(sizes))
 
     return click.option(
-        "--services",
-        "sizes",
+        option,
         multiple=True,
         callback=parsed,
         default=(default,),
         metavar="N,N,…",
         show_default=True,
-        help="How many services; repeatable.",
+        help=what,
     )
+
+
+def _services(default: str) -> Decorator:
+    what = "How many services; repeatable."
+    return _numbers("--services", default, what, 1, names.MOST)
 
 
 def _backend(default: str) -> Decorator:
@@ -89,7 +93,7 @@ def bench() -> None:
 @_rounds(2, 2000, "How many single changes, at most; 20 seconds of each kind.")
 @_ALL_SIZES
 @_JSON
-def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str | None) -> None:
+def engine(services: list[int], backend: str, rounds: int, all_sizes: bool, to: str | None) -> None:
     """From an event in the agent to the kernel's acknowledgement, without etcd.
 
     Three replicas per service, IPv4 and IPv6, a VIP and an ingress port each.
@@ -97,7 +101,7 @@ def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str
     from mesh.bench import isolated
 
     results = bench_show.Results(_target(to))
-    for name, size in _cases(sizes, backend, all_sizes=all_sizes):
+    for name, size in _cases(services, backend, all_sizes=all_sizes):
         arguments = {"backend": name, "services": size, "rounds": rounds}
         with results.excusing(names.case(name, size)):
             results.add([isolated.measure("mesh.bench.engine", arguments)])
@@ -113,7 +117,7 @@ def engine(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str
 @_ALL_SIZES
 @_JSON
 def dataplane(
-    sizes: list[int],
+    services: list[int],
     backend: str,
     rounds: int,
     family: str,
@@ -131,8 +135,8 @@ def dataplane(
     from mesh.bench import isolated
 
     chosen = _names(backend)
-    every = measured.planned(chosen, sizes, kube_proxy=kube_proxy, slow=True)
-    variants = measured.planned(chosen, sizes, kube_proxy=kube_proxy, slow=all_sizes)
+    every = measured.planned(chosen, services, kube_proxy=kube_proxy, slow=True)
+    variants = measured.planned(chosen, services, kube_proxy=kube_proxy, slow=all_sizes)
     _tell_left_out(_as_cases(variants), _as_cases(every))
     results = bench_show.Results(_target(to))
     arguments = {
@@ -150,7 +154,7 @@ def dataplane(
 @_rounds(2, 500, "How many single changes, at most.")
 @_ALL_SIZES
 @_JSON
-def live(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str | None) -> None:
+def live(services: list[int], backend: str, rounds: int, all_sizes: bool, to: str | None) -> None:
     """From a write to etcd to the kernel, and to a connection, in a lab of one node."""
     import asyncio
 
@@ -158,7 +162,7 @@ def live(sizes: list[int], backend: str, rounds: int, all_sizes: bool, to: str |
     from mesh.bench.progress import tell
 
     results = bench_show.Results(_target(to))
-    for name, size in _cases(sizes, backend, all_sizes=all_sizes):
+    for name, size in _cases(services, backend, all_sizes=all_sizes):
         with results.excusing(names.case(name, size)):
             results.add([asyncio.run(measured.run(name, size, rounds))])
         tell("")
@@ -193,6 +197,30 @@ def health(
     arguments = {"checks": checks, "interval": interval, "seconds": seconds, "types": types}
     results.add(isolated.measure("mesh.bench.health", arguments))
     _finish(results, bench_show.by_check)
+
+
+@bench.command()
+@_numbers("--mappings", "0,1000", "How many ports there are before; repeatable.", 0)
+@_numbers("--ports", "1,10", "How many ports come at once; repeatable.", 1)
+@_backend("all")
+@_rounds(2, 20, "How often each way has its turn.")
+@_JSON
+def portmap(
+    mappings: list[int], ports: list[int], backend: str, rounds: int, to: str | None
+) -> None:
+    """To publish a container's ports without etcd, beside the CNI plugin portmap.
+
+    As a library in a process that lives on, and by `mesh publish` as a whole process; the plugin is
+    the one of the package containernetworking-plugins.
+    """
+    from mesh.bench import isolated
+
+    results = bench_show.Results(_target(to))
+    for name in _names(backend):
+        arguments = {"backend": name, "mappings": mappings, "ports": ports, "rounds": rounds}
+        with results.excusing(name):
+            results.add(isolated.measure("mesh.bench.portmap", arguments))
+    _finish(results, bench_show.by_ports)
 
 
 @bench.command()

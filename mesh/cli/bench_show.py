@@ -150,6 +150,24 @@ def by_check(found: list[Record]) -> None:
     output.table(head, rows)
 
 
+def by_ports(found: list[Record]) -> None:
+    """A line for each backend, number of ports there were before and of ports at once."""
+    ways = (("LIBRARY", "library_ms"), ("mesh publish", "command_ms"), ("PORTMAP", "portmap_ms"))
+    head = [f"{title} {what}" for what in ("ADD", "DEL") for title, _ in ways]
+    rows = []
+    for record in found:
+        cells = [
+            _duration(_at(record, f"{way}.{verb}.p50"), 1e-3)
+            for verb in ("publish", "unpublish")
+            for _, way in ways
+        ]
+        rows.append((record["backend"], str(record["mappings"]), str(record["ports"]), *cells))
+    output.table(("BACKEND", "MAPPINGS", "PORTS", *head), rows)
+    output.line(
+        "Medians.  LIBRARY: a call in a process that lives on; the others: whole processes."
+    )
+
+
 def _at(record: Record, where: str) -> float | None:
     value: Any = record
     for part in where.split("."):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from mesh.dataplane import sysctl, xttidy
 from mesh.dataplane.conntrack import Conntrack
 from mesh.dataplane.firewall import Firewall
-from mesh.engine import backend
+from mesh.dataplane.nfnetlink import Socket
+from mesh.engine import backend, predecessor
 from mesh.engine.desired import Touched
 from mesh.engine.flows import Flows
 from mesh.engine.healing import Repair
@@ -43,6 +44,7 @@ class Installation:
         self.parameters = parameters
         self.backend = chosen.driver.name
         self._driver = chosen.driver
+        self._netlink = Socket()
         self._flows = Flows(Conntrack(layout), layout)
         flavour = self.backend.removeprefix("iptables-")
         self._firewall = Firewall(chosen.driver.port, flavour, mode)
@@ -95,6 +97,12 @@ class Installation:
         lines = len(self._firewall.replaced())
         return self._reconciler.repaired() | Repair(lines=lines)
 
+    def check_owner(self) -> None:
+        """Raise Conflict if these are somebody else's rules by now, as far as it can be told in no
+        time.
+        """
+        predecessor.check_nftables(self.parameters.owner, self._netlink)
+
     def problems(self, addresses: Iterable[str]) -> tuple[Problem, ...]:
         """What keeps packets from containers at these addresses, or could not be done."""
         blocked = [each for each in self._firewall.blocked if each.need.hook == FORWARD]
@@ -120,6 +128,7 @@ class Installation:
     def close(self) -> None:
         """Release sockets; the kernel keeps forwarding."""
         self._driver.close()
+        self._netlink.close()
         self._flows.close()
         self._firewall.close()
 

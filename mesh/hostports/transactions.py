@@ -254,7 +254,7 @@ class Transactions:
         addresses = set(more) | (set() if self._installed is not None else set(self._addresses()))
         segments = known | _segments(addresses, known)
         if self._installed is not None and segments == known:
-            predecessor.check_nftables(self._state.header.owner)
+            self._installed.check_owner()
             return self._installed
         self._close()
         header = self._state.header
