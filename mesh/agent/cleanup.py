@@ -37,8 +37,7 @@ def run(config: AgentConfig, *, downgrade: bool = False) -> int:
     """
     host.check_rights()
     with lock.held(Path(config.state_dir)):  # an agent would put everything back
-        if not downgrade:
-            asyncio.run(predecessor.check())
+        asyncio.run(predecessor.check(downgrade=downgrade))
         asyncio.run(_remove(config))
     return 0
 

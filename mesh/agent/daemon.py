@@ -30,8 +30,7 @@ def run(config: AgentConfig, *, downgrade: bool = False) -> int:
     Rules of a later version are taken over only to `downgrade`.
     """
     with lock.held(Path(config.state_dir)):
-        if not downgrade:
-            asyncio.run(predecessor.check())
+        asyncio.run(predecessor.check(downgrade=downgrade))
         _run(_serve(config))
     return 0
 

@@ -29,11 +29,14 @@ class Found(NamedTuple):
     owner: int
 
 
-async def check(own: int = owner.AGENT) -> None:
-    """Raise HostNotReady if a later version left rules here, Conflict if somebody but `own` did."""
+async def check(own: int = owner.AGENT, *, downgrade: bool = False) -> None:
+    """Raise Conflict if somebody but `own` left rules here, and HostNotReady if a later version did,
+    unless it is a `downgrade`.
+    """
     found = [each async for each in _all()]
     for each in found:
-        if (refusal := edition.refusal(each.where, each.edition)) is not None:
+        refusal = edition.refusal(each.where, each.edition)
+        if refusal is not None and not downgrade:
             raise HostNotReady(refusal)
     for each in found:
         if (refusal := owner.refusal(each.where, each.owner, own)) is not None:
