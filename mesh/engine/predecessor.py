@@ -30,8 +30,8 @@ class Found(NamedTuple):
 
 
 async def check(own: int = owner.AGENT, *, downgrade: bool = False) -> None:
-    """Raise Conflict if somebody but `own` left rules here, and HostNotReady if a later version did,
-    unless it is a `downgrade`.
+    """Raise Conflict if somebody but `own` left rules here, and HostNotReady if a later version did
+    and it is no `downgrade`.
     """
     found = [each async for each in _all()]
     for each in found:
