@@ -219,7 +219,7 @@ class Transactions:
             header, here = self._state.header, statedir.here()
             if header.namespace not in ("", here):
                 self._check_moved(header.namespace, here, moving=moving)
-            if self._seen != (header.owner, header.generation) or header.unfinished:
+            if self._seen != (header.owner, header.generation):
                 self._reload()
             if header.unfinished:
                 await self._opened(self._addresses())

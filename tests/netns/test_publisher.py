@@ -215,9 +215,9 @@ def test_what_somebody_changed_is_put_right(host: Namespace, ports: HostPortPubl
 
 @pytest.mark.parametrize("flavour", ["legacy", "nft"])
 def test_beside_a_firewall_that_drops_what_is_forwarded(
-    host: Namespace, ports: HostPortPublisher, flavour: str
+    host: Namespace, ports: HostPortPublisher, state: Path, backend: str, flavour: str
 ) -> None:
-    """As Docker and ufw set it up."""
+    """As Docker and ufw set it up, and forget what others had there when they are restarted."""
     programs = (f"iptables-{flavour}", f"ip6tables-{flavour}")
     for program in programs:
         host.sh(program, "-P", "FORWARD", "DROP")
@@ -227,6 +227,13 @@ def test_beside_a_firewall_that_drops_what_is_forwarded(
         assert answers(30080) == {"c1"}
         assert ask("client", Protocol.TCP, ADDRESSES["c1"][0], SERVER_PORT, patience=0.3) == SILENCE
         assert ports.problems == ()
+
+        ports.close()
+        for program in programs:
+            host.sh(program, "-F", "FORWARD")
+        with publisher(state, backend) as again:
+            again.restore()
+            assert answers(30080) == {"c1"}
     finally:
         for program in programs:
             host.sh(program, "-P", "FORWARD", "ACCEPT")
