@@ -239,6 +239,33 @@ def test_beside_a_firewall_that_drops_what_is_forwarded(
             host.sh(program, "-P", "FORWARD", "ACCEPT")
 
 
+def test_where_bridged_packets_pass_the_firewall(host: Namespace, ports: HostPortPublisher) -> None:
+    """Docker has the kernel do so.  It bridges a container's packets to itself then, and a bridge
+    sends nothing back where it came from, unless that port is a hairpin.
+    """
+    settings = [f"net.bridge.bridge-nf-call-{each}" for each in ("iptables", "ip6tables")]
+    if host.sh("sysctl", "-nq", "-e", *settings) == "":
+        pytest.skip("this kernel has no br_netfilter")
+
+    def hairpin(state: str) -> None:
+        host.sh("ip", "link", "set", "veth-c1", "type", "bridge_slave", "hairpin", state)
+
+    host.sh("sysctl", "-qw", *(f"{each}=1" for each in settings))
+    hairpin("on")
+    try:
+        texts = [f"30080:{SERVER_PORT}/{p.value}" for p in Protocol]
+        ports.publish_ports(TASK, ADDRESSES["c1"], texts)
+
+        for who in ("client", "host", "c1", "c2", "c3"):
+            seen = ADDRESSES["docker0" if who in ("c1", "c2") else who]
+            for protocol in Protocol:
+                for at, address in zip(ADDRESSES["host"], seen, strict=True):
+                    assert ask(who, protocol, at, 30080) == f"c1 {address}", (who, protocol)
+    finally:
+        hairpin("off")
+        host.sh("sysctl", "-qw", *(f"{each}=0" for each in settings))
+
+
 def test_a_kernel_that_does_not_forward_is_told_of(
     host: Namespace, ports: HostPortPublisher
 ) -> None:
