@@ -66,8 +66,7 @@ class Parameters:
     in marks, `closed` the local addresses on which only ports that name them answer.  In each of
     the `segments` hosts reach each other without this node, which has to be seen as the client
     where it leads one of them to another.  `owner` is whose rules these are (mesh.rules.owner).
-    Raises
-    ValueError for a name nft might misread.
+    Raises ValueError for a name nft might misread.
     """
 
     devices: Devices
