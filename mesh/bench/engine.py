@@ -192,7 +192,7 @@ class _Clock:
         return time.perf_counter() - began
 
 
-async def _seconds(work: Awaitable[None]) -> float:
+async def _seconds(work: Awaitable[object]) -> float:
     began = time.perf_counter()
     await work
     return time.perf_counter() - began

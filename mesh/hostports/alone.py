@@ -75,11 +75,11 @@ class Published:
         found = self._publications.get(service)
         if found is None:
             return NOTHING
-        lowered, pools = nft.lower_hairpins(found.addresses), set()
-        for forwarding in plan.lead(found.addresses, _claims(found)):
-            pools.add(forwarding.key)
+        lowered = nft.lower_hairpins(found.addresses)
+        forwardings = plan.lead(found.addresses, _claims(found))
+        for forwarding in forwardings:
             lowered |= nft.lower(forwarding, ids)
-        return Lowered(lowered, pools)
+        return Lowered(lowered, tuple(forwarding.key for forwarding in forwardings))
 
     def lower_nodes(self, layout: Layout) -> Elements:
         """There are no nodes."""
