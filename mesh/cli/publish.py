@@ -82,7 +82,9 @@ def _publisher(
     "target=CTR,published=PUB with protocol=, host_ip=, name=; repeatable.  Without a published "
     "port, or with 0, one is chosen; with `random`, at random.",
 )
-@click.option("--force", is_flag=True, help="Publish protected ports too (22, 2379, 2380).")
+@click.option(
+    "--force", is_flag=True, help="Publish ports too that are protected (22, 2379, 2380) or in use."
+)
 @click.option(
     "--dynamic",
     default="32000-32999",

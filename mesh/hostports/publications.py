@@ -172,9 +172,9 @@ class Publications:
                     f"{shown} is published by task {holder.task}: unpublish that one, or choose "
                     "another port"
                 )
-        who = listener(port)
+        who = listener(port) if not port.force else None
         if who is not None:
-            raise Conflict(f"{shown} is in use by {who}: stop that, or choose another port")
+            raise Conflict(f"{shown} is used by {who}: stop it, choose another port, or force it")
 
     def _numbered(
         self, request: Request, cursors: Cursors, listener: Listener

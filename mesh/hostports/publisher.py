@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mesh.hostports.publications import Publication
     from mesh.hostports.transactions import Checked
     from mesh.model.mapping import PortMapping
-    from mesh.model.publish import PublishedPort
     from mesh.model.report import Problem
 
 T = TypeVar("T")
@@ -76,13 +75,7 @@ def _host(
     except ValueError:
         known = ", ".join(each.value for each in Mode)
         raise BadUsage(f"firewall {firewall!r} is not one of {known}") from None
-    return Host(backend, mode, settings, _nobody)
-
-
-def _nobody(port: PublishedPort) -> str | None:
-    """The process that listens where a port would answer; nobody is known to."""
-    del port
-    return None
+    return Host(backend, mode, settings)
 
 
 class HostPortPublisher:

@@ -17,7 +17,7 @@ from mesh.dataplane import connected
 from mesh.engine import lock, predecessor
 from mesh.engine.healing import Repair
 from mesh.errors import ApplyFailed, BadUsage, Conflict, MeshError
-from mesh.hostports import alone, asked, installation, statedir
+from mesh.hostports import alone, asked, installation, listeners, statedir
 from mesh.hostports.installation import Installation
 from mesh.hostports.publications import Publications, Request, addresses_of
 from mesh.model import address
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from mesh.dataplane.firewall import Mode
     from mesh.hostports.asked import Asked
-    from mesh.hostports.publications import Listener, Publication, Settings
+    from mesh.hostports.publications import Publication, Settings
     from mesh.hostports.statedir import StateDirectory
     from mesh.model.report import Problem
 
@@ -38,13 +38,12 @@ log = logging.getLogger(__name__)
 
 class Host(NamedTuple):
     """How ports are published here: by which rule backend ("auto" or a name), what may be done
-    about firewalls, who may have which port, and who listens where.
+    about firewalls, and who may have which port.
     """
 
     backend: str
     firewall: Mode
     settings: Settings
-    listener: Listener
 
 
 class Checked(NamedTuple):
@@ -80,7 +79,7 @@ class Transactions:
             header = self._state.header
             draw = header.owner << 32 | header.generation
             request = Request(task, addresses, ports, draw)
-            found, cursors = self._known.decide(request, header.cursors, self._host.listener)
+            found, cursors = self._known.decide(request, header.cursors, listeners.look())
             installed = await self._opened(addresses)
             if found != self._known.get(task):
                 header = msgspec.structs.replace(header, cursors=cursors)

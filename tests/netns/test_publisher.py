@@ -5,6 +5,7 @@ refused; asked of those who connect.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING, Final
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 
 from mesh.dataplane import netns
+from mesh.errors import Conflict
 from mesh.hostports import AsyncHostPortPublisher
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
@@ -85,6 +87,19 @@ def test_what_is_unpublished_refuses(ports: HostPortPublisher) -> None:
     assert answers(30082) == {"c2"}
     assert ports.get_published_ports(TASK) == ()
     assert not ports.unpublish_ports(TASK)
+
+
+def test_what_a_process_of_the_host_listens_on_is_not_taken_from_it(
+    ports: HostPortPublisher,
+) -> None:
+    with netns.entered(HOST), socket.create_server(("192.0.2.1", 30080)):
+        with pytest.raises(Conflict, match=rf"30080/tcp is used by .*\(pid {os.getpid()}\)"):
+            ports.publish_ports(TASK, ADDRESSES["c1"], [f"30080:{SERVER_PORT}"])
+        ports.publish_ports(TASK, ADDRESSES["c1"], [f"30080:{SERVER_PORT}/udp"])
+        ports.publish_ports("other", ADDRESSES["c2"], [f"172.17.0.1:30080:{SERVER_PORT}"])
+    with netns.entered(HOST), socket.create_server(("", 32000)):
+        given = ports.publish_ports("dynamic", ADDRESSES["c1"], [f"{SERVER_PORT}"])
+    assert numbers(given) == [32001]
 
 
 def test_a_task_asks_again(ports: HostPortPublisher) -> None:

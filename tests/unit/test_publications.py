@@ -129,8 +129,9 @@ def test_protected_ports_are_given_by_force() -> None:
 
 def test_who_listens_is_named_unless_the_port_was_the_tasks_before() -> None:
     host = Host(lambda port: "nginx (process 7)" if port.published == 80 else None)
-    with pytest.raises(Conflict, match=r"80/tcp is in use by nginx \(process 7\)"):
+    with pytest.raises(Conflict, match=r"80/tcp is used by nginx \(process 7\)"):
         host.publish("web", "80:80")
+    assert host.numbers("web", PublishedPort(target=80, published=80, force=True)) == [80]
 
     host.publish("api", "81:80")
     host.listener = lambda port: "its own proxy (process 8)"
