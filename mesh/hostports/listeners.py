@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def look() -> Listener:
-    """Who listens when that is first asked; whose socket it is, is searched for where it matters."""
+    """Who listens when that is first asked; whose a socket is, is searched for where it matters."""
 
     @cache
     def sockets() -> frozenset[sockdiag.Socket]:
