@@ -295,6 +295,7 @@ class Agent:
         self._pending = _NOTHING
         revision = self._state.revision
         begun = await self._occupancy.begin(rules.read_some)
+        self._published.plan()
         await rules.start(parameters)
         self._occupancy.secured(begun)
         self._begin_forwarding()
@@ -321,6 +322,7 @@ class Agent:
             heard = self._heard
             revision = self._state.revision
             touched = await self._occupancy.secure(touched)
+            self._published.plan()
             await rules.reconcile(touched)
             self._occupancy.secured(touched)
             self._health.look(touched.services)

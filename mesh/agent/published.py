@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.agent.writeback import Writeback
 from mesh.errors import InvalidRecord, StoreUnavailable
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mesh.agent.writeback import Outlet
     from mesh.hostports.ports import HostPorts
+    from mesh.model.mapping import PortMapping
     from mesh.store.protocol import Changes, Store
     from mesh.store.schema import Keys
 
@@ -33,6 +34,14 @@ _LARGEST: Final = 1 << 20
 """Bytes of one transaction; etcd refuses requests above 1.5 MiB."""
 
 _Batch = list["Put | Delete"]
+
+
+class _Due(NamedTuple):
+    """What is published at one moment: records that are to be written, and all there is."""
+
+    records: dict[str, tuple[PortMapping, ...]]
+    cursors: Cursors
+    everything: dict[str, tuple[PortMapping, ...]]
 
 
 class Published:
@@ -47,12 +56,13 @@ class Published:
         told: Callable[[], None],
         outlets: Iterable[Outlet] = (),
     ) -> None:
-        self._writebacks = tuple(Writeback(outlet, ports, told) for outlet in outlets)
+        self._writebacks = tuple(Writeback(outlet, self, told) for outlet in outlets)
         self._store = store
         self._keys = keys
         self._node = node
         self._ports = ports
         self._cursors = Cursors()
+        self._planned = self._due = _Due({}, self._cursors, {})
         self._told = told
         self._wake = asyncio.Event()
         self._too_large: set[str] = set()
@@ -95,8 +105,18 @@ class Published:
         for writeback in self._writebacks:
             tasks.create_task(writeback.run(), name="writeback")
 
+    def plan(self) -> None:
+        """What is granted now is what the kernel is about to get."""
+        everything = self._ports.all_published() if self._writebacks else {}
+        self._planned = _Due(self._ports.unwritten(), self._ports.cursors, everything)
+
+    def all_published(self) -> dict[str, tuple[PortMapping, ...]]:
+        """What every task has in the kernel, where somebody wants to be told of it."""
+        return self._due.everything
+
     def wake(self) -> None:
-        """The kernel has what is granted now."""
+        """The kernel has what was granted when `plan` was called last."""
+        self._due = self._planned
         self._wake.set()
         for writeback in self._writebacks:
             writeback.wake()
@@ -114,7 +134,7 @@ class Published:
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _write(self) -> None:
-        wanted, cursors = self._ports.unwritten(), self._ports.cursors
+        wanted, cursors = self._due.records, self._due.cursors
         operations: _Batch = []
         if cursors != self._cursors:
             operations.append(Put(self._keys.cursors(self._node), schema.encode(cursors)))

@@ -20,10 +20,10 @@ from mesh.model.report import Problem
 from mesh.store import schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from mesh.agent.config import AgentConfig
-    from mesh.hostports.ports import HostPorts
+    from mesh.model.mapping import PortMapping
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,14 @@ _LONGEST_PAUSE: Final = 60.0
 
 _SUFFIX: Final = ".json"
 _UNFINISHED: Final = f"{_SUFFIX}.new"
+
+
+class Ports(Protocol):
+    """What can be told."""
+
+    def all_published(self) -> Mapping[str, tuple[PortMapping, ...]]:
+        """The ports of every task that has any, by its name."""
+        ...
 
 
 class Outlet(Protocol):
@@ -141,7 +149,7 @@ class _Failure(NamedTuple):
 class Writeback:
     """One outlet, kept in line with what is published; one task after the other."""
 
-    def __init__(self, outlet: Outlet, ports: HostPorts, changed: Callable[[], None]) -> None:
+    def __init__(self, outlet: Outlet, ports: Ports, changed: Callable[[], None]) -> None:
         self._outlet = outlet
         self._ports = ports
         self._changed = changed

@@ -38,6 +38,7 @@ class Agent:
 
     def reconcile(self) -> None:
         self.node.settle()
+        self.published.plan()
         self.published.wake()
 
     async def records(self) -> dict[str, list[int]]:
@@ -70,6 +71,22 @@ async def test_what_is_published_is_written_and_withdrawn(agent: Agent) -> None:
     agent.node.end("a", "a-1")
     agent.reconcile()
     await agent.shows({})
+
+
+async def test_what_the_kernel_is_yet_to_get_is_not_written(agent: Agent) -> None:
+    agent.node.publish("a", port(80), tasks=["a-1"])
+    agent.node.settle()
+    agent.published.plan()
+    agent.node.publish("b", port(80), tasks=["b-1"])
+    agent.node.settle()
+
+    agent.published.wake()
+    await agent.shows({"a-1": [32000]})
+    agent.published.plan()
+    assert await agent.records() == {"a-1": [32000]}
+
+    agent.published.wake()
+    await agent.shows({"a-1": [32000], "b-1": [32001]})
 
 
 async def test_the_next_agent_goes_on_where_this_one_was(agent: Agent) -> None:
@@ -164,5 +181,6 @@ async def test_only_what_was_written_here_is_an_echo(agent: Agent) -> None:
     assert not agent.published.is_echo(Snapshot((), 5))
     agent.node.ports.recorded("a-1", ())  # somebody deleted it
     assert not agent.published.is_echo(own)
+    agent.published.plan()
     agent.published.wake()
     await agent.shows({"a-1": [32000]})
