@@ -295,7 +295,8 @@ async def _first_reply(call: Any, request: Any, timeout: float) -> Any:
     # gRPC never wakes the writer of a call that was ended before its metadata was sent.
     call.add_done_callback(lambda _: loop.call_later(_WAKE, exchanging.cancel))
     try:
-        return await asyncio.wait_for(exchanging, timeout)
+        async with asyncio.timeout(timeout):  # wait_for may swallow that we are cancelled
+            return await exchanging
     except TimeoutError:
         raise Unreachable("Deadline Exceeded") from None
     finally:
