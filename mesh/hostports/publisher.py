@@ -78,16 +78,8 @@ def _host(
     return Host(backend, mode, settings)
 
 
-class HostPortPublisher:
-    """Publishes ports of containers on this host.  Calls block; they may come from any thread, also
-    from one whose event loop runs.
-
-    `state_dir` remembers what is published; one serves one network namespace.  `backend` is "auto"
-    or a rule backend by name, `firewall` what may be done about a host's firewall that drops what
-    is forwarded ("report", "forward", "open"), `dynamic` the first and last port that is given
-    where none is named, `protected_ports` those that are given only by force.  Every method raises
-    a mesh.errors.MeshError that says what to do; then all is as it was.
-    """
+class _Publisher:
+    """What the blocking and the asynchronous publisher have in common."""
 
     def __init__(
         self,
@@ -101,6 +93,25 @@ class HostPortPublisher:
         host = _host(backend, firewall, dynamic, protected_ports)
         self._shared = _Shared(StateDirectory(Path(state_dir)), host)
         weakref.finalize(self, self._shared.close).atexit = False
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What the last call found that keeps packets away: a firewall that drops them, a kernel
+        that does not forward.
+        """
+        return self._shared.transactions.problems
+
+
+class HostPortPublisher(_Publisher):
+    """Publishes ports of containers on this host.  Calls block; they may come from any thread, also
+    from one whose event loop runs.
+
+    `state_dir` remembers what is published; one serves one network namespace.  `backend` is "auto"
+    or a rule backend by name, `firewall` what may be done about a host's firewall that drops what
+    is forwarded ("report", "forward", "open"), `dynamic` the first and last port that is given
+    where none is named, `protected_ports` those that are given only by force.  Every method raises
+    a mesh.errors.MeshError that says what to do; then all is as it was.
+    """
 
     def publish_ports(
         self, task_id: str, container_ip: str | Iterable[str], ports: Iterable[Asked]
@@ -147,13 +158,6 @@ class HostPortPublisher:
         """
         self._shared.submit(lambda t: t.cleanup(force=force)).result()
 
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """What the last call found that keeps packets away: a firewall that drops them, a kernel
-        that does not forward.
-        """
-        return self._shared.transactions.problems
-
     def close(self) -> None:
         """Release sockets and the thread; what is published stays."""
         self._shared.close()
@@ -170,21 +174,8 @@ class HostPortPublisher:
         self.close()
 
 
-class AsyncHostPortPublisher:
+class AsyncHostPortPublisher(_Publisher):
     """The same for an event loop, which is never blocked: each method as in HostPortPublisher."""
-
-    def __init__(
-        self,
-        state_dir: str | os.PathLike[str] = STATE_DIR,
-        *,
-        backend: str = "auto",
-        firewall: str = Mode.FORWARD.value,
-        dynamic: tuple[int, int] = DYNAMIC,
-        protected_ports: Iterable[str] = protected.DEFAULT,
-    ) -> None:
-        host = _host(backend, firewall, dynamic, protected_ports)
-        self._shared = _Shared(StateDirectory(Path(state_dir)), host)
-        weakref.finalize(self, self._shared.close).atexit = False
 
     async def publish_ports(
         self, task_id: str, container_ip: str | Iterable[str], ports: Iterable[Asked]
@@ -215,11 +206,6 @@ class AsyncHostPortPublisher:
     async def cleanup(self, *, force: bool = False) -> None:
         """See HostPortPublisher.cleanup."""
         await self._do(lambda t: t.cleanup(force=force))
-
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """See HostPortPublisher.problems."""
-        return self._shared.transactions.problems
 
     async def close(self) -> None:
         """See HostPortPublisher.close."""
