@@ -5,17 +5,17 @@ and a client on its network.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
 from mesh.hostports import HostPortPublisher
 from mesh.model.publish import Protocol
 from tests.support.echo import EchoServers, ask
-from tests.support.namespaces import Namespace, wire
+from tests.support.namespaces import Namespace, nodad, wire, write_sysctls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 HOST: Final = "/run/netns/host"
 SERVER_PORT: Final = 8080
@@ -49,11 +49,11 @@ def lone_host() -> Iterator[Namespace]:
         def namespace(name: str) -> Namespace:
             made = Namespace(name)
             stack.callback(made.close)
-            _write(name, {"ipv6/conf/default/accept_dad": "0"})
+            write_sysctls(name, {"ipv6/conf/default/accept_dad": "0"})
             return made
 
         host, client = namespace("host"), namespace("client")
-        _write("host", _SYSCTLS)
+        write_sysctls("host", _SYSCTLS)
         wire(host, "eth0", client, "eth0", *_with_lengths("host", (24, 64)))
         _settle(client, "client", "host", (24, 64))
         servers = EchoServers()
@@ -61,7 +61,7 @@ def lone_host() -> Iterator[Namespace]:
         for bridge, (containers, lengths) in _BRIDGES.items():
             host.sh("ip", "link", "add", bridge, "type", "bridge")
             for each in _with_lengths(bridge, lengths):
-                host.sh("ip", "addr", "add", each, "dev", bridge, *_nodad(each))
+                host.sh("ip", "addr", "add", each, "dev", bridge, *nodad(each))
             host.sh("ip", "link", "set", bridge, "up")
             for name in containers:
                 container = namespace(name)
@@ -82,23 +82,11 @@ def _with_lengths(name: str, lengths: tuple[int, int]) -> list[str]:
     return [f"{a}/{n}" for a, n in zip(ADDRESSES[name], lengths, strict=True)]
 
 
-def _write(namespace: str, wanted: dict[str, str]) -> None:
-    with netns.entered(f"/run/netns/{namespace}"):
-        for name, value in wanted.items():
-            path = Path("/proc/sys/net") / name
-            if path.exists():  # not every kernel has br_netfilter
-                path.write_text(value)
-
-
 def _settle(namespace: Namespace, name: str, gateway: str, lengths: tuple[int, int]) -> None:
     for each in _with_lengths(name, lengths):
-        namespace.sh("ip", "addr", "add", each, "dev", "eth0", *_nodad(each))
+        namespace.sh("ip", "addr", "add", each, "dev", "eth0", *nodad(each))
     for each in ADDRESSES[gateway]:
         namespace.sh("ip", "route", "add", "default", "via", each)
-
-
-def _nodad(address: str) -> list[str]:
-    return ["nodad"] if ":" in address else []
 
 
 @contextmanager

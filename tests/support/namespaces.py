@@ -8,6 +8,7 @@ import struct
 import subprocess
 import threading
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.dataplane import netns
@@ -108,3 +109,17 @@ def wire(one: Namespace, device: str, other: Namespace, far: str, *addresses: st
         one.sh("ip", "addr", "add", address, "dev", device, *(["nodad"] if ":" in address else []))
     one.sh("ip", "link", "set", device, "up")
     other.sh("ip", "link", "set", far, "up")
+
+
+def write_sysctls(namespace: str, wanted: dict[str, str]) -> None:
+    """Set what there is of `wanted`, by paths below /proc/sys/net."""
+    with netns.entered(f"/run/netns/{namespace}"):
+        for name, value in wanted.items():
+            path = Path("/proc/sys/net") / name
+            if path.exists():  # not every kernel has br_netfilter
+                path.write_text(value)
+
+
+def nodad(address: str) -> list[str]:
+    """The words that give an address at once."""
+    return ["nodad"] if ":" in address else []

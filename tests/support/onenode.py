@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
@@ -14,7 +13,7 @@ from mesh.rules import marks, nft
 from mesh.rules.ids import Ids
 from tests.support import drivers, rules
 from tests.support.echo import EchoServers
-from tests.support.namespaces import Namespace, wire
+from tests.support.namespaces import Namespace, nodad, wire, write_sysctls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -96,7 +95,7 @@ def one_node(backend: str = "nftables", layout: Layout = marks.DEFAULT) -> Itera
         def namespace(name: str) -> Namespace:
             made = Namespace(name)
             stack.callback(made.close)
-            _write_sysctls(name, {"ipv6/conf/default/accept_dad": "0"})
+            write_sysctls(name, {"ipv6/conf/default/accept_dad": "0"})
             return made
 
         node, client = namespace("node"), namespace("client")
@@ -105,7 +104,7 @@ def one_node(backend: str = "nftables", layout: Layout = marks.DEFAULT) -> Itera
         _settle(client, "client", "node", 24, 64)
         for address in (f"{a}/{n}" for pair in CROWD for a, n in zip(pair, (24, 64), strict=True)):
             # Never chosen as a source by the kernel, only by who binds to it.
-            words = ("dev", "eth0", *_nodad(address), "preferred_lft", "0")
+            words = ("dev", "eth0", *nodad(address), "preferred_lft", "0")
             client.sh("ip", "addr", "add", address, *words)
         servers = EchoServers()
         stack.callback(servers.close)
@@ -129,7 +128,7 @@ def _with_lengths(name: str, *lengths: int) -> list[str]:
 
 def _configure(node: Namespace) -> None:
     """The node's devices, as its agent makes them; a link to nowhere stands for WireGuard."""
-    _write_sysctls(node.name, _SYSCTLS)
+    write_sysctls(node.name, _SYSCTLS)
     devices = rules.DEVICES
     bridge = ("name", devices.bridge, "address", devices.bridge_mac, "type", "bridge")
     node.sh("ip", "link", "add", *bridge)
@@ -140,7 +139,7 @@ def _configure(node: Namespace) -> None:
         (devices.overlay, _with_lengths("overlay", 32, 128)),
     ):
         for address in addresses:
-            node.sh("ip", "addr", "add", address, "dev", device, *_nodad(address))
+            node.sh("ip", "addr", "add", address, "dev", device, *nodad(address))
         node.sh("ip", "link", "set", device, "up")
     for family in FAMILIES:
         source = NETWORK.overlay_address(family)
@@ -148,21 +147,9 @@ def _configure(node: Namespace) -> None:
         node.sh("ip", "route", "add", vips, "dev", devices.overlay, "src", source)
 
 
-def _write_sysctls(namespace: str, wanted: dict[str, str]) -> None:
-    with netns.entered(f"/run/netns/{namespace}"):
-        for name, value in wanted.items():
-            path = Path("/proc/sys/net") / name
-            if path.exists():  # not every kernel has br_netfilter
-                path.write_text(value)
-
-
 def _settle(namespace: Namespace, name: str, gateway: str, *lengths: int) -> None:
     """Give eth0 its addresses and default routes."""
     for address in _with_lengths(name, *lengths):
-        namespace.sh("ip", "addr", "add", address, "dev", "eth0", *_nodad(address))
+        namespace.sh("ip", "addr", "add", address, "dev", "eth0", *nodad(address))
     for address in ADDRESSES[gateway]:
         namespace.sh("ip", "route", "add", "default", "via", address)
-
-
-def _nodad(address: str) -> list[str]:
-    return ["nodad"] if ":" in address else []

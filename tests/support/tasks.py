@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
+
+from mesh.health import probe
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from mesh.health.target import Target
+
+    Run = Callable[[Awaitable[Any]], Any]
+    """How a coroutine is run on some event loop."""
+
     Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+PATIENT: Final = 20.0
+BRIEF: Final = 0.3
+"""Seconds for a probe that is to succeed, and for one that is to wait in vain."""
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -55,3 +67,9 @@ async def unaccepted(host: str = "127.0.0.1") -> AsyncIterator[int]:
     """The port of somebody who listens, and never takes a connection."""
     with socket.create_server((host, 0)) as listener:
         yield listener.getsockname()[1]
+
+
+async def probed(target: Target, timeout: float = PATIENT) -> str:
+    """Why one probe of a target fails; empty if it does not."""
+    with ThreadPoolExecutor(1) as executor:
+        return await probe.run(target, timeout, executor)

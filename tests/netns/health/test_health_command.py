@@ -9,34 +9,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import pytest
-import uvloop
 
 from mesh.health import probe
 from mesh.health.target import Exec
 from tests.support.namespaces import Namespace
+from tests.support.tasks import BRIEF, probed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
-    Run = Callable[[Awaitable[Any]], Any]
+    from tests.support.tasks import Run
 
 pytestmark = pytest.mark.netns
-
-PATIENT: Final = 20.0
-BRIEF: Final = 0.3
-
-
-@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def on_loop(request: pytest.FixtureRequest) -> Run:
-    return request.param  # type: ignore[no-any-return]
-
-
-async def probed(target: Exec, timeout: float = PATIENT) -> str:
-    with ThreadPoolExecutor(1) as executor:
-        return await probe.run(target, timeout, executor)
 
 
 @pytest.fixture(scope="module")

@@ -8,40 +8,24 @@ import resource
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvloop
 
 from mesh.health import probe
 from mesh.health.target import Exec, Http, Tcp
 from mesh.model.health import statuses
 from tests.support.certificates import Authority
 from tests.support.namespaces import run
-from tests.support.tasks import OK, saying, served, unaccepted
+from tests.support.tasks import BRIEF, OK, PATIENT, probed, saying, served, unaccepted
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Iterator
 
     from mesh.health.target import Target
-    from tests.support.tasks import Serve
-
-    Run = Callable[[Awaitable[Any]], Any]
+    from tests.support.tasks import Run, Serve
 
 pytestmark = pytest.mark.netns
-
-PATIENT: Final = 20.0
-BRIEF: Final = 0.3
-
-
-@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
-def on_loop(request: pytest.FixtureRequest) -> Run:
-    return request.param  # type: ignore[no-any-return]
-
-
-async def probed(target: Target, timeout: float = PATIENT) -> str:
-    with ThreadPoolExecutor(1) as executor:
-        return await probe.run(target, timeout, executor)
 
 
 def http(port: int, status: str = "200-399", host: str = "127.0.0.1", **more: Any) -> Http:

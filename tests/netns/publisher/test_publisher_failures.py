@@ -25,46 +25,17 @@ from tests.support.lonehost import (
     HOST,
     SERVER_PORT,
     answers,
-    lone_host,
     publisher,
-    publishing,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from mesh.hostports import HostPortPublisher
-    from tests.support.namespaces import Namespace
 
 pytestmark = pytest.mark.netns
 
 TASK: Final = "task-abc123"
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Namespace]:
-    with lone_host() as made:
-        yield made
-
-
-@pytest.fixture(params=drivers.KERNEL)
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "hostports"
-
-
-@pytest.fixture
-def ports(host: Namespace, state: Path, backend: str) -> Iterator[HostPortPublisher]:
-    """Publishes on the host; nothing of it is left after the test."""
-    del host
-    with publishing(state, backend) as made:
-        yield made
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
