@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mesh.model import address
-from mesh.model.publish import Protocol
+from mesh.model.publish import Protocol, PublishMode
 from mesh.rules.traffic import Port
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Ingress = Mapping[str, Collection[tuple[int, int]]]
     """Of services whose ingress ports answer on a replica's node only: protocols and ports."""
 
-INGRESS, HOST, VIP = MODES = ("ingress", "host", "vip")
+INGRESS, HOST, VIP = PublishMode.INGRESS.value, PublishMode.HOST.value, "vip"
 
 _NAMES = {protocol.number: protocol.value for protocol in Protocol}
 

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 Target = tuple[str, int]
 
-CONCURRENT: Final = 64
-"""Connections open at once while processor time is taken."""
-
 _DOMAIN: Final = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _PACKET_INFO: Final = {
     # IP_PKTINFO (linux/in.h): with it a server answers from the address it was asked at.
