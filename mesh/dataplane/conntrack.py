@@ -75,14 +75,8 @@ class Conntrack:
 
     async def unanswered(self) -> list[Flow]:
         """Flows of ours, translated here, to which nothing ever came back."""
-        ours, via = self._layout.ours, self._layout.via
-        asked = _marked(Stale(ours, ours | via))
-        asked += attribute(_STATUS, bytes(4)) + attribute(
-            _STATUS_MASK, _ANSWERED.to_bytes(4, "big")
-        )
         async with self._lock:
-            found = await asyncio.to_thread(self._read, asked)
-        return [flow for flow in found if not flow.answered]  # kernels before 5.19 send all
+            return await asyncio.to_thread(self._read_unanswered)
 
     async def delete(self, flows: Iterable[Flow]) -> None:
         """Delete these very flows; that one is gone already is no error.  Raises ApplyFailed."""
@@ -90,6 +84,16 @@ class Conntrack:
         if found:
             async with self._lock:
                 await asyncio.to_thread(self._delete, found)
+
+    async def delete_unanswered(self, flows: Iterable[Flow]) -> None:
+        """Delete those of these very flows to which nothing came back since.  Raises ApplyFailed.
+
+        Not every kernel deletes on that condition: so it is looked at right before.
+        """
+        handles = {flow.handle for flow in flows}
+        if handles:
+            async with self._lock:
+                await asyncio.to_thread(self._delete_unanswered, handles)
 
     async def forget_marked(self, bit: int) -> None:
         """Delete every flow that carries a bit, of any protocol.  Raises ApplyFailed."""
@@ -156,6 +160,16 @@ class Conntrack:
         if common.mask & self._layout.id == self._layout.id and not common.bare:
             return self._read(_marked(common))
         return [flow for body in _udp([common]) for flow in self._read(body)]
+
+    def _delete_unanswered(self, handles: set[bytes]) -> None:
+        self._delete([flow for flow in self._read_unanswered() if flow.handle in handles])
+
+    def _read_unanswered(self) -> list[Flow]:
+        ours, via = self._layout.ours, self._layout.via
+        status = attribute(_STATUS, bytes(4))
+        status += attribute(_STATUS_MASK, _ANSWERED.to_bytes(4, "big"))
+        found = self._read(_marked(Stale(ours, ours | via)) + status)
+        return [flow for flow in found if not flow.answered]  # kernels before 5.19 send all
 
     def _read(self, body: bytes) -> list[Flow]:
         return list(_parsed(self._dump(body)))

@@ -31,7 +31,10 @@ _RETRY_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 0.2
 """What is asked once and answered has its answer by then; forgotten sooner, it would be lost."""
 
-_LOOK_SECONDS: Final = 1.0
+_ANSWER_SECONDS: Final = 0.6
+"""Whoever is there answers a connection by then, and its client asks again after one second."""
+
+_LOOK_SECONDS: Final = 0.5
 """Between two looks for stranded connections: each walks the whole table, some 30 ms."""
 
 
@@ -113,8 +116,14 @@ class Flows:
             await self._forget_stranded(held)
 
     async def _forget_stranded(self, held: Held) -> None:
-        flows = await self._conntrack.unanswered()
-        await self._conntrack.delete(stale.stranded(flows, held, self._layout))
+        """A replica that left may be well: the answer to what it was just asked is on its way, and
+        would find a connection that nobody knows.
+        """
+        asked = await self._conntrack.unanswered()
+        if any(stale.stranded(asked, held, self._layout)):
+            await asyncio.sleep(_ANSWER_SECONDS)
+            left = stale.stranded(asked, held, self._layout)
+            await self._conntrack.delete_unanswered(left)
 
     def _tell(self, error: ApplyFailed) -> None:
         self._failed()

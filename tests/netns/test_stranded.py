@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import subprocess
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from mesh.dataplane import netns
 from mesh.dataplane.conntrack import Conntrack
+from mesh.delta import Delta
+from mesh.engine.flows import Flows
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
-from mesh.rules import marks, stale
+from mesh.rules import marks
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from tests.support.onenode import ADDRESSES, SERVER_PORT, OneNode, one_node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mesh.rules.elements import Elements
 
 pytestmark = pytest.mark.netns
 
@@ -49,46 +52,70 @@ def world() -> Iterator[OneNode]:
         yield made
 
 
-async def _look(conntrack: Conntrack, held: Elements) -> int:
-    """Forget stranded connections, as an agent does; how many there were."""
-    flows = list(stale.stranded(await conntrack.unanswered(), lambda _number: held, marks.DEFAULT))
-    await conntrack.delete(flows)
-    return len(flows)
+@contextmanager
+def _flows() -> Iterator[tuple[Flows, Conntrack]]:
+    with netns.entered("/run/netns/node"):
+        conntrack = Conntrack(marks.DEFAULT)
+    with closing(conntrack):
+        yield Flows(conntrack, marks.DEFAULT), conntrack
+
+
+def _republish(world: OneNode, flows: Flows, was: str, becomes: str) -> None:
+    """Have another replica serve, and forget what is stranded, as an agent does."""
+    before, now = world.lowered([_web(was)]), world.lowered([_web(becomes)])
+    world.publish([_web(becomes)])
+    flows.written(Delta.between(before, now))
+    world.node.run(flows.settle(lambda _number: now, lambda _number: {}))
+
+
+def _client(family: Family) -> socket.socket:
+    """A client that has asked, and waits."""
+    with netns.entered("/run/netns/client"):
+        client = socket.socket(DOMAIN[family], socket.SOCK_STREAM)
+    client.setblocking(False)
+    client.connect_ex((ADDRESSES["node"][FAMILIES.index(family)], PORT))
+    client.settimeout(30)
+    return client
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"v{f.suffix}")
 def test_a_syn_that_nobody_answered_goes_to_who_is_there(world: OneNode, family: Family) -> None:
     world.publish([_web("c1")])
-    with netns.entered("/run/netns/node"):
-        conntrack = Conntrack(marks.DEFAULT)
-    with netns.entered("/run/netns/client"):
-        client = socket.socket(DOMAIN[family], socket.SOCK_STREAM)
-    with client:
-        client.setblocking(False)
-        client.connect_ex((ADDRESSES["node"][FAMILIES.index(family)], PORT))
-        client.settimeout(30)
-        kept = world.node.run(_look(conntrack, world.lowered([_web("c1")])))
-        world.publish([_web("c2")])
-        forgotten = world.node.run(_look(conntrack, world.lowered([_web("c2")])))
+    with _flows() as (flows, conntrack), _client(family) as client:
+        _republish(world, flows, "c1", "c1")
+        kept = world.node.run(conntrack.unanswered())
+        _republish(world, flows, "c1", "c2")
         answer = client.recv(100).decode()
-    conntrack.close()
 
-    assert (kept, forgotten) == (0, 1)
+    assert len(kept) == 1
     assert answer.startswith("c2 ")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"v{f.suffix}")
+def test_a_connection_that_is_answered_at_last_is_left_to_drain(
+    world: OneNode, family: Family
+) -> None:
+    """Its replica left the pool while the answer was on its way, and somebody looked just then."""
+    world.publish([_web("c1")])
+    with _flows() as (_, conntrack), _client(family) as client:
+        stranded = world.node.run(conntrack.unanswered())
+        world.publish([_web("c2")])
+        _nft("flush table inet deaf")
+        answer = client.recv(100).decode()
+        world.node.run(conntrack.delete_unanswered(stranded))
+        layout = marks.DEFAULT
+        left = world.node.run(conntrack.flows(layout.ours, layout.ours))
+
+    assert answer.startswith("c1 ")
+    assert {flow.handle for flow in left} == {flow.handle for flow in stranded} != set()
 
 
 def test_a_connection_that_was_answered_is_left_to_drain(world: OneNode) -> None:
     _nft("flush table inet deaf")
     world.publish([_web("c1")])
-    with netns.entered("/run/netns/node"):
-        conntrack = Conntrack(marks.DEFAULT)
-    with netns.entered("/run/netns/client"):
-        client = socket.create_connection((ADDRESSES["node"][0], PORT), 10)
-    with client:
-        world.publish([_web("c2")])
-        forgotten = world.node.run(_look(conntrack, world.lowered([_web("c2")])))
+    with _flows() as (flows, _), _client(Family.V4) as client:
+        select.select([], [client], [], 30)
+        _republish(world, flows, "c1", "c2")
         answer = client.recv(100).decode()
-    conntrack.close()
 
-    assert forgotten == 0
     assert answer.startswith("c1 ")
