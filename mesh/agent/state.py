@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from mesh.agent.nodes import Nodes
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
 from mesh.health.verdicts import Verdicts
@@ -19,7 +20,7 @@ from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
 from mesh.model.service import Prefer
-from mesh.model.view import IngressPort, NodeView, PeerNode, ServiceView
+from mesh.model.view import IngressPort, ServiceView
 from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from mesh.model.cluster import NodeNetwork
-    from mesh.model.node import Node
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
+    from mesh.model.view import NodeView, PeerNode
     from mesh.store.protocol import KeyValue
 
     _Parse = Callable[[str, bytes], object]
@@ -66,15 +67,11 @@ class State:
         self._entries: dict[str, Entry] = {}
         self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
-        self._nodes: dict[str, Node] = {}
+        self._nodes = Nodes(node)
         self._tasks: dict[str, dict[str, Entry]] = {}
         self._vips: dict[str, dict[int, VipAllocation]] = {}
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._ports: dict[str, dict[IngressPort, bool]] = {}
-        self._numbers: dict[str, dict[int, bool]] = {}
-        self._alive: set[str] = set()
-        self._networks: dict[int, NodeNetwork] = {}
-        self._node_view: NodeView | None = None
         self._readers: dict[str, tuple[_Parse, _Index]] = {
             "services": (schema.parse_service, self._index_service),
             "tasks": (schema.parse_task, self._index_task),
@@ -185,21 +182,14 @@ class State:
         return Touched(frozenset((service,)), nodes=False)
 
     def _index_node(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
-        if new is None:
-            del self._nodes[parts[1]]
-        else:
-            self._nodes[parts[1]] = new.record  # type: ignore[assignment]
+        self._nodes.identified(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
         return Touched(frozenset(), nodes=True)
 
     def _index_alive(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         name = parts[1]
         if name == self.node:
             return _NOTHING  # it is alive to itself
-        self._node_view = None
-        if new is None:
-            self._alive.discard(name)
-        else:
-            self._alive.add(name)
+        self._nodes.lives(name, alive=new is not None)
         return Touched(self._services_on(name), nodes=True)
 
     def _services_on(self, node: str) -> frozenset[str]:
@@ -231,8 +221,7 @@ class State:
                     services |= self.hostports.reserve(*ingress[:2], port.service if held else None)
                 case NodeAllocation() as node:
                     nodes = True
-                    self._node_view = None
-                    _hold(self._numbers, node.node, int(parts[2]), held)
+                    self._nodes.numbered(node.node, int(parts[2]), held=held is not None)
                 case _:
                     pass
         return Touched(frozenset(services), nodes)
@@ -243,9 +232,8 @@ class State:
         return _NOTHING
 
     def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
-        self._networks.clear()
+        self._nodes.confine(self.cluster)
         self._addresses.clear()
-        self._node_view = None
         if self.cluster is not None:
             self.hostports.confine(self.cluster)
         return Touched(frozenset(self.services()), nodes=True)
@@ -346,28 +334,15 @@ class State:
 
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
-        if self._node_view is None:
-            network = self.network(self.node)
-            if network is None:
-                return None
-            live = frozenset(self._alive | {self.node})
-            self._node_view = NodeView(self.node, network, live)
-        return self._node_view
+        return self._nodes.view()
 
     def network(self, node: str) -> NodeNetwork | None:
         """The addresses of a node, or None while it has no number in the cluster."""
-        cluster, numbers = self.cluster, self._numbers.get(node)
-        if cluster is None or not numbers or min(numbers) not in range(1, cluster.capacity + 1):
-            return None
-        number = min(numbers)
-        if number not in self._networks:
-            self._networks[number] = cluster.network(number)
-        return self._networks[number]
+        return self._nodes.network(node)
 
     def peers(self) -> dict[str, PeerNode]:
         """Every node with an identity and a number, this one included."""
-        networks = ((name, node, self.network(name)) for name, node in self._nodes.items())
-        return {name: PeerNode(node, net) for name, node, net in networks if net is not None}
+        return self._nodes.peers()
 
 
 _NOTHING = Touched(frozenset(), nodes=False)

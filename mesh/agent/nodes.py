@@ -1,0 +1,77 @@
+"""The nodes of the cluster as etcd tells of them: who they are, their numbers, who is alive.
+
+Mutable, a part of mesh.agent.state.  Pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mesh.model.view import NodeView, PeerNode
+
+if TYPE_CHECKING:
+    from mesh.model.cluster import Cluster, NodeNetwork
+    from mesh.model.node import Node
+
+
+class Nodes:
+    """What is known of the nodes, seen from the node `own`."""
+
+    def __init__(self, own: str) -> None:
+        self._own = own
+        self._cluster: Cluster | None = None
+        self._known: dict[str, Node] = {}
+        self._numbers: dict[str, set[int]] = {}
+        self._alive: set[str] = set()
+        self._networks: dict[int, NodeNetwork] = {}
+        self._view: NodeView | None = None
+
+    def confine(self, cluster: Cluster | None) -> None:
+        """The cluster has these settings."""
+        self._cluster = cluster
+        self._networks.clear()
+        self._view = None
+
+    def identified(self, name: str, node: Node | None) -> None:
+        """A node has this identity; None: it has none any more."""
+        if node is None:
+            del self._known[name]
+        else:
+            self._known[name] = node
+
+    def lives(self, name: str, *, alive: bool) -> None:
+        """A node gives signs of life, or no longer does."""
+        self._view = None
+        (self._alive.add if alive else self._alive.discard)(name)
+
+    def numbered(self, name: str, number: int, *, held: bool) -> None:
+        """A node was given a number, or no longer has it."""
+        self._view = None
+        numbers = self._numbers.setdefault(name, set())
+        (numbers.add if held else numbers.discard)(number)
+        if not numbers:
+            del self._numbers[name]
+
+    def view(self) -> NodeView | None:
+        """The own node, or None while it has no number."""
+        if self._view is None:
+            network = self.network(self._own)
+            if network is None:
+                return None
+            self._view = NodeView(self._own, network, frozenset(self._alive | {self._own}))
+        return self._view
+
+    def network(self, name: str) -> NodeNetwork | None:
+        """The addresses of a node, or None while it has no number in the cluster."""
+        cluster, numbers = self._cluster, self._numbers.get(name)
+        if cluster is None or not numbers or min(numbers) not in range(1, cluster.capacity + 1):
+            return None
+        number = min(numbers)
+        if number not in self._networks:
+            self._networks[number] = cluster.network(number)
+        return self._networks[number]
+
+    def peers(self) -> dict[str, PeerNode]:
+        """Every node with an identity and a number, the own one included."""
+        networks = ((name, node, self.network(name)) for name, node in self._known.items())
+        return {name: PeerNode(node, net) for name, node, net in networks if net is not None}
