@@ -270,6 +270,7 @@ class Agent:
         try:
             await self._health.adopt()
             revision = await self._start(rules, parameters)
+            rules.drain.applied(revision)
             reporter = Reporter(self._store, self._keys.applied(own), chosen, rules)
             reporter.applied(revision)
             self._metrics.look_at(rules, reporter, lambda: self._problems(rules))
@@ -326,6 +327,7 @@ class Agent:
             await rules.reconcile(touched)
             self._occupancy.secured(touched)
             self._health.look(touched.services)
+            rules.drain.applied(revision)
             reporter.applied(revision)
             if touched.services:
                 self._tally.publishing.add(time.monotonic() - heard)

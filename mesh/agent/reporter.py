@@ -84,4 +84,5 @@ class Reporter:
             version=__version__,
             problems=tuple(told),
             healings=self._rules.healings,
+            drained=self._rules.drain.report,
         )

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.agent import ports
+from mesh.agent.drain import Drain
 from mesh.agent.neighbours import Neighbours
 from mesh.agent.planner import Plans
 from mesh.dataplane.conntrack import Conntrack
@@ -90,6 +91,7 @@ class Rules:
         )
         vips = tuple(chain.from_iterable(parameters.vips))
         self.traffic = Traffic(layout, self._reconciler.pool, partial(ports.named, vips), told)
+        self.drain = Drain(state, Conntrack(layout), layout, self._reconciler.pool, told)
         self._history = History()
         self._news = asyncio.Event()
         self._refused = asyncio.Event()
@@ -120,6 +122,7 @@ class Rules:
         tasks.create_task(self._keep_told(), name="healings")
         tasks.create_task(self._keep_retrying(), name="retries")
         tasks.create_task(self._neighbours.run(parameters), name="firewall")
+        tasks.create_task(self.drain.run(), name="drain")
         tasks.create_task(
             self._flows.run(self._reconciler.held, self._reconciler.held_udp), name="flows"
         )
@@ -131,6 +134,7 @@ class Rules:
         yield from self._driver.problems()
         yield from self._reconciler.problems()
         yield from self._flows.problems
+        yield from self.drain.problems
         yield from self.traffic.problems
 
     def installed(self) -> Installed:
@@ -227,4 +231,5 @@ class Rules:
         self.traffic.close()
         self._driver.close()
         self._flows.close()
+        self.drain.close()
         self._firewall.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from mesh.agent.drains import Drains
 from mesh.agent.nodes import Nodes
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
     from mesh.model.view import NodeView, PeerNode
+    from mesh.rules import ended
     from mesh.store.protocol import KeyValue
 
     _Parse = Callable[[str, bytes], object]
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 V = TypeVar("V")
 
-KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "health/")
+KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "health/",
+         "maintenance/")  # fmt: skip
 """What an agent follows; reports of other agents would only wake it for nothing."""
 
 
@@ -68,6 +71,7 @@ class State:
         self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
         self._nodes = Nodes(node)
+        self.drains = Drains(node)
         self._tasks: dict[str, dict[str, Entry]] = {}
         self._vips: dict[str, dict[int, VipAllocation]] = {}
         self._addresses: dict[str, tuple[str, ...]] = {}
@@ -76,6 +80,7 @@ class State:
             "services": (schema.parse_service, self._index_service),
             "tasks": (schema.parse_task, self._index_task),
             "nodes": (schema.parse_node, self._index_node),
+            "maintenance": (schema.parse_maintenance, self._index_maintenance),
             "alive": (lambda _key, _value: True, self._index_alive),
             "health": (schema.parse_health, self._index_health),
             "allocations": (schema.parse_allocation, self._index_allocation),
@@ -177,6 +182,7 @@ class State:
         service = parts[1]
         name = _task(new).id if new is not None else parts[2]  # the same text, kept once
         _hold(self._tasks, service, name, new)
+        self.drains.task(service, name, _task(new) if new is not None else None)
         if new is None:
             self.health.task_gone(service, name)
         return Touched(frozenset((service,)), nodes=False)
@@ -191,6 +197,12 @@ class State:
             return _NOTHING  # it is alive to itself
         self._nodes.lives(name, alive=new is not None)
         return Touched(self._services_on(name), nodes=True)
+
+    def _index_maintenance(
+        self, parts: list[str], _old: Entry | None, new: Entry | None
+    ) -> Touched:
+        changed = self.drains.node(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
+        return Touched(self._services_on(parts[1]), nodes=False) if changed else _NOTHING
 
     def _services_on(self, node: str) -> frozenset[str]:
         """By a look at every task: nodes come and go far too seldom for an index to pay."""
@@ -313,7 +325,15 @@ class State:
             ingress=self.ingress(service),
             healthy=self.health.healthy(spec, tasks),
             host_ports=self.hostports.granted(service),
+            draining=self.drains.nodes,
         )
+
+    def leaving(self) -> dict[ended.Name, ended.Leaving]:
+        """Every task that drains, its node's or its own doing."""
+        if not self.drains:
+            return {}
+        tasks = (_task(entry) for each in self._tasks.values() for entry in each.values())
+        return self.drains.leaving(tasks, self._services)
 
     def ingress(self, service: str) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that this node serves."""
@@ -350,6 +370,7 @@ _NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
     "nodes": (2,),
+    "maintenance": (2,),
     "alive": (2,),
     "services": (2,),
     "tasks": (3,),

@@ -14,6 +14,7 @@ from mesh.agent import state
 from mesh.cli import output
 from mesh.model.cluster import Cluster
 from mesh.model.listener import Listening
+from mesh.model.maintenance import Duty
 from mesh.model.report import Applied, Health, Problem, Status
 from mesh.store import schema
 
@@ -150,7 +151,7 @@ class World:
             case ["alive", name]:
                 self.alive.add(name)
             case ["maintenance", name]:
-                if item.value.strip(b' "\n') == b"draining":
+                if schema.parse_maintenance(item.key, item.value).state is Duty.DRAINING:
                     self.draining.add(name)
             case ["published", node, task]:
                 self.published[node, task] = schema.parse_mappings(item.key, item.value) or ()

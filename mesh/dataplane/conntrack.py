@@ -21,13 +21,13 @@ from mesh.rules import stale
 from mesh.rules.stale import Flow, Stale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from mesh.rules.marks import Layout
     from mesh.rules.stale import Endpoint
 
 _CHANGE, _GET, _DELETE = 1 << 8, 1 << 8 | 1, 1 << 8 | 2
-_ORIGINAL, _REPLY, _STATUS, _MARK, _ID = 1, 2, 3, 8, 12
+_ORIGINAL, _REPLY, _STATUS, _PROTOCOL, _MARK, _ID = 1, 2, 3, 4, 8, 12
 _ZONE, _MARK_MASK, _FILTER, _STATUS_MASK = 18, 21, 25, 26
 _ADDRESSES, _PORTS = 1, 2
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
@@ -35,6 +35,10 @@ _BY_NUMBER, _BY_DESTINATION_PORT = 8, 32
 _ANSWERED: Final = 0x02  # IPS_SEEN_REPLY
 _ANSWERED_OR_TRANSLATED: Final = 0x32  # IPS_SEEN_REPLY, IPS_SRC_NAT, IPS_DST_NAT
 _TOUCHED: Final = _ANSWERED_OR_TRANSLATED.to_bytes(4, "big")
+
+_TCP, _TCP_STATE = 1, 1  # CTA_PROTOINFO_TCP, and its state
+_TCP_CLOSING: Final = frozenset((6, 7, 8))
+"""LAST_ACK, TIME_WAIT, CLOSE (linux/netfilter/nf_conntrack_tcp.h)."""
 
 _MESSAGES: Final = 2
 """More to forget than this, and one dump costs less: a message walks the whole table."""
@@ -95,6 +99,24 @@ class Conntrack:
             async with self._lock:
                 await asyncio.to_thread(self._delete_unanswered, handles)
 
+    async def flows_to(self, addresses: Collection[bytes]) -> list[Flow]:
+        """Flows of ours, of any protocol with ports, that have to do with any of these addresses.
+
+        Raises ApplyFailed.
+        """
+        async with self._lock:
+            return await asyncio.to_thread(self._read_to, addresses)
+
+    async def end(self, flows: Iterable[Flow]) -> None:
+        """Have the program refuse what still comes of these very flows, from either side; that one
+        is gone already is no error.  Raises ApplyFailed.
+        """
+        layout = self._layout
+        wanted = [_changed(f.handle, layout.end(f.mark), layout.ct_mark) for f in flows]
+        if wanted:
+            async with self._lock:
+                await asyncio.to_thread(self._change, wanted)
+
     async def forget_marked(self, bit: int) -> None:
         """Delete every flow that carries a bit, of any protocol.  Raises ApplyFailed."""
         async with self._lock:
@@ -122,12 +144,14 @@ class Conntrack:
             fresh = {handle: mark for handle, mark in found.items() if handle not in done}
             if not fresh:
                 return len(done)
-            wanted = [_changed(handle, become(mark), mask) for handle, mark in fresh.items()]
-            for first in range(0, len(wanted), _IN_FLIGHT):
-                for number in self._send(wanted[first : first + _IN_FLIGHT], _CHANGE):
-                    if number not in (0, errno.ENOENT):
-                        raise _refused("change", os.strerror(number))
+            self._change([_changed(handle, become(mark), mask) for handle, mark in fresh.items()])
             done |= fresh.keys()
+
+    def _change(self, wanted: list[bytes]) -> None:
+        for first in range(0, len(wanted), _IN_FLIGHT):
+            for number in self._send(wanted[first : first + _IN_FLIGHT], _CHANGE):
+                if number not in (0, errno.ENOENT):
+                    raise _refused("change", os.strerror(number))
 
     def _marks(self, bit: int) -> Iterator[tuple[bytes, int]]:
         """The flows that carry a bit, and their marks."""
@@ -170,6 +194,12 @@ class Conntrack:
         status += attribute(_STATUS_MASK, _ANSWERED.to_bytes(4, "big"))
         found = self._read(_marked(Stale(ours, ours | via)) + status)
         return [flow for flow in found if not flow.answered]  # kernels before 5.19 send all
+
+    def _read_to(self, addresses: Collection[bytes]) -> list[Flow]:
+        ours = self._layout.ours
+        bodies = self._dump(_marked(Stale(ours, ours)))
+        near = (body for body in bodies if any(address in body for address in addresses))
+        return [flow for flow in _parsed(near) if flow.mark & ours]  # not every kernel filters
 
     def _read(self, body: bytes) -> list[Flow]:
         return list(_parsed(self._dump(body)))
@@ -272,7 +302,14 @@ def _parsed(bodies: Iterable[bytes]) -> Iterator[Flow]:
             bare=not status & _ANSWERED_OR_TRANSLATED,
             handle=_handle(body, parts),
             answered=bool(status & _ANSWERED),
+            live=_is_live(parts.get(_PROTOCOL, b"")),
         )
+
+
+def _is_live(data: bytes) -> bool:
+    """Whether what the kernel tells of a protocol's state is no TCP connection that is closing."""
+    told = dict(attributes(dict(attributes(data)).get(_TCP, b"")))
+    return not _TCP_CLOSING.intersection(told.get(_TCP_STATE, b""))
 
 
 def _handle(body: bytes, parts: Mapping[int, bytes]) -> bytes:

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     """One forwarding per task, target port and protocol of the granted claims.
 
-    A task that accepts no new connections has them refused.
+    A task that accepts no new connections has them refused.  One that only its node keeps from them
+    (maintenance) goes on: nobody else can answer there.
     """
     if not service.host_ports:
         return ()
     tasks = {task.id: task for task in service.tasks if task.node == node.name}
-    eligible = {task.id for task in service.eligible(node.live)}
+    eligible = {task.id for task in service.accepting(node.live)}
     return tuple(
         _leading(tasks[task].addresses if task in eligible else (), claims, service.spec.allow)
         for task, claims in _pools(claim for claim in service.host_ports if claim.task in tasks)

@@ -43,6 +43,21 @@ class Healings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     last: Healed | None = None
 
 
+class Connections(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """How many connections to a draining task are left of those that a node translates."""
+
+    service: str
+    task: str
+    count: int
+
+
+class Drained(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Which connections to draining tasks a node has left, when its kernel had `revision`."""
+
+    revision: int = 0
+    left: tuple[Connections, ...] = ()
+
+
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The etcd revision a node's kernel has, with what drives it and why it is that.
 
@@ -55,6 +70,7 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     reason: str = ""
     problems: tuple[Problem, ...] = ()
     healings: Healings = Healings()
+    drained: Drained = Drained()
 
     @property
     def is_degraded(self) -> bool:

@@ -78,6 +78,11 @@ class ServiceSpec(
             )
 
     @property
+    def drain_seconds(self) -> float:
+        """How long established connections go on while a task drains."""
+        return parse_duration(self.drain)
+
+    @property
     def check(self) -> HealthCheck | None:
         """The health check, if there is one to pass."""
         health = self.health

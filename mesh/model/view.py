@@ -33,7 +33,8 @@ class ServiceView(msgspec.Struct, frozen=True, gc=False):
     """One service: its spec, what is allocated to it, and its tasks, oldest first.
 
     `healthy` names the tasks that pass the service's check, if it has one; `host_ports` are the
-    tasks and published ports of host mode that this node's claims granted.
+    tasks and published ports of host mode that this node's claims granted, `draining` the nodes
+    whose tasks are to get no new connections.
     """
 
     spec: ServiceSpec
@@ -42,16 +43,27 @@ class ServiceView(msgspec.Struct, frozen=True, gc=False):
     ingress: tuple[IngressPort, ...] = ()
     healthy: frozenset[str] = frozenset()
     host_ports: frozenset[HostClaim] = frozenset()
+    draining: frozenset[str] = frozenset()
 
     def eligible(self, live: Container[str]) -> tuple[Task, ...]:
         """The tasks that may be given new connections, while these nodes are alive."""
-        running = tuple(
-            [
-                task
-                for task in self.tasks
-                if task.node in live and task.state is TaskState.RUNNING and task.weight
-            ]
-        )
+        if not self.draining:
+            return self.accepting(live)
+        return self._passing([t for t in self._running(live) if t.node not in self.draining])
+
+    def accepting(self, live: Container[str]) -> tuple[Task, ...]:
+        """The same for what nobody else can answer: ports of host mode, also of draining nodes."""
+        return self._passing(self._running(live))
+
+    def _running(self, live: Container[str]) -> list[Task]:
+        return [
+            task
+            for task in self.tasks
+            if task.node in live and task.state is TaskState.RUNNING and task.weight
+        ]
+
+    def _passing(self, tasks: list[Task]) -> tuple[Task, ...]:
+        running = tuple(tasks)
         check = self.spec.check
         if check is None:
             return running

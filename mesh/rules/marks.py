@@ -109,6 +109,11 @@ class Layout:
         return self.ours | self.stay
 
     @property
+    def ended(self) -> int:
+        """What a flow has whose connection was ended, and no other: both VIA and STAY."""
+        return self.ours | self.via | self.stay
+
+    @property
     def untranslated(self) -> int:
         """What is zero in the mark of a flow that no frontend took."""
         return self.ct_mark & ~self.plain
@@ -158,6 +163,18 @@ class Layout:
     def arrival(self, number: int) -> int:
         """The mark of a flow that came in through node `number`."""
         return self.ours | self.via | self.node(number)
+
+    def end(self, mark: int) -> int:
+        """What the mark of a flow becomes when its connection is ended.
+
+        What is answered in its name goes back the way that it came: to the node in the field, or
+        to none.
+        """
+        return self.ended | (mark & self.packet_mark if mark & self.via else 0)
+
+    def is_ended(self, mark: int) -> bool:
+        """Whether the connection of a flow with this mark was ended."""
+        return mark & self.ended == self.ended
 
     def waiting(self) -> dict[int, int]:
         """For each bit of the host in the ct mark, the bit of the field where it can wait."""

@@ -151,6 +151,7 @@ def _marks(layout: Layout) -> dict[str, str]:
         "VIA": layout.via,
         "STAY": layout.stay,
         "ARRIVAL": layout.ours | layout.via,
+        "ENDED": layout.ended,
         "DECIDED": layout.via | layout.stay,
         "WAY": layout.ours | layout.via | layout.stay,
         "SETTLED": layout.ours | layout.stay,

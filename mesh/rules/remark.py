@@ -39,7 +39,8 @@ class Remark:
         """What the mark of a flow or of a frontend becomes; the host's own bits are not in it."""
         old, new = self.old, self.new
         if mark & old.via:
-            return new.arrival((mark & old.packet_mark) >> old.node_shift)
+            via = new.arrival((mark & old.packet_mark) >> old.node_shift)
+            return new.end(via) if old.is_ended(mark) else via
         parts = old.parse(mark)
         return new.frontend(self.number(parts.id), parts.slots, parts.hashed, parts.stays)
 

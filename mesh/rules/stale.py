@@ -45,6 +45,8 @@ class Flow(NamedTuple):
     """What tells the kernel which entry this is.  Hardly ever does a later one have the same."""
     answered: bool = True
     """Whether anything ever came back."""
+    live: bool = True
+    """Whether a connection still carries anything: not refused, nor closed by both ends."""
 
 
 class Stale(NamedTuple):

@@ -45,6 +45,7 @@ _REASONS: Final = {
     "raw_steer": "neither loopback addresses nor tunnels are reached by steering",
     "from_steer": "only clients outside the mesh are steered, and only to this node's containers",
     "misfit": "conntrack does not know the flow",
+    "ended": "the connection was ended when its replica had drained",
 }
 
 _CHAINS: Final = {
@@ -80,6 +81,9 @@ _IPTABLES: Final = {
     "decide": "MESH-DECIDE",
     "stay": "MESH-STAY",
     "steer": "MESH-OURS",
+    "settled": "MESH-ENDED",
+    "ended": "MESH-ENDED",
+    "ended_here": "MESH-ENDED",
     "steer_back": "MESH-BACK",
     "steer_out": "MESH-MANGLE-OUT",
     "misfit": "MESH-MISFIT",

@@ -231,6 +231,7 @@ def _marks(layout: Layout) -> dict[str, str]:
         "STAY": layout.stay,
         "ARRIVAL": layout.ours | layout.via,
         "DECIDED": layout.via | layout.stay,
+        "ENDED": layout.ended,
         "OPEN": layout.ours | layout.via | layout.stay,
         "PLAIN": layout.plain,
         "EMPTY": empty,

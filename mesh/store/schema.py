@@ -15,6 +15,7 @@ from mesh.errors import InvalidRecord
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
 from mesh.model.listener import Listening
+from mesh.model.maintenance import Duty, Maintenance
 from mesh.model.mapping import Cursors, PortMapping
 from mesh.model.node import Node
 from mesh.model.publish import PORTS, Protocol
@@ -125,6 +126,8 @@ class Keys:
 
 _PROTOCOLS: Final = frozenset(protocol.value for protocol in Protocol)
 
+_DUTIES: Final = frozenset(duty.value for duty in Duty)
+
 _DECODERS: Final[dict[Any, Any]] = {}
 """One decoder per kind of record: building one costs more than using it."""
 
@@ -166,6 +169,14 @@ def parse_node(key: str, value: bytes) -> Node:
     if node.name != key.rpartition("/")[2]:
         raise InvalidRecord(key, f"name {node.name!r} differs from the key")
     return node
+
+
+def parse_maintenance(key: str, value: bytes) -> Maintenance:
+    """What operators want of a node: a record, or its state alone, in quotes or not."""
+    word = value.strip(b' "\n').decode(errors="replace")
+    if word in _DUTIES:
+        return Maintenance(state=Duty(word))
+    return decode(key, value, Maintenance)
 
 
 def parse_allocation(
@@ -214,6 +225,7 @@ def json_schema() -> dict[str, object]:
         "service": ServiceSpec,
         "task": Task,
         "node": Node,
+        "maintenance": Maintenance,
         "nodeAllocation": NodeAllocation,
         "vipAllocation": VipAllocation,
         "portAllocation": PortAllocation,

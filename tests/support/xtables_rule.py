@@ -156,8 +156,10 @@ def _local(words: Iterator[str]) -> Match:
 
 
 def _flags(words: Iterator[str]) -> Match:
-    assert [next(words), next(words)] == ["SYN,RST", "SYN"]
-    return lambda flow, _sets: flow.protocol is Protocol.TCP
+    looked_at, wanted = next(words).split(","), next(words)
+    assert set(looked_at) <= {"SYN", "RST"}, "what else a first packet has is not known here"
+    is_syn = wanted == ("SYN" if "SYN" in looked_at else "")
+    return lambda flow, _sets: is_syn and flow.protocol is Protocol.TCP
 
 
 def _never(words: Iterator[str]) -> Match:
