@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
     from mesh.rules.ended import Name
+    from mesh.rules.stale import Endpoint
 
 TAIL: Final = 10.0
 """Seconds for which connections are looked for after a task's deadline: a node that heard later of
@@ -56,22 +57,32 @@ class Drains:
     ) -> dict[Name, Leaving]:
         """Those of all `tasks` that drain, and have a service."""
         leaving: list[Task] = []
-        staying: set[str] = set()
+        staying: set[Endpoint] = set()
         for task in tasks:
             if task.node in self.nodes or (task.service, task.id) in self._tasks:
                 leaving.append(task)
             elif task.node == self._own:
-                staying.update(task.addresses)
+                staying.update(_endpoints(task, services.get(task.service)))
         return {
             (task.service, task.id): Leaving(
                 addresses=frozenset(map(packed, task.addresses)),
                 drain=services[task.service].drain_seconds,
-                arrivals=task.node == self._own and staying.isdisjoint(task.addresses),
+                arrivals=_endpoints(task, services[task.service]) - staying
+                if task.node == self._own
+                else frozenset(),
                 host_ports=(task.service, task.id) in self._tasks,
             )
             for task in leaving
             if task.service in services
         }
+
+
+def _endpoints(task: Task, service: ServiceSpec | None) -> frozenset[Endpoint]:
+    """Where a task answers."""
+    if service is None:
+        return frozenset()
+    hosts = tuple(map(packed, task.addresses))
+    return frozenset((host, port.target) for host in hosts for port in service.ports)
 
 
 class Deadlines:

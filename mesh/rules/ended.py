@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from mesh.rules.marks import Layout
-    from mesh.rules.stale import Flow
+    from mesh.rules.stale import Endpoint, Flow
 
 Name = tuple[str, str]
 """A service and its task."""
@@ -26,13 +26,13 @@ _LASTING = frozenset((Protocol.TCP.number, Protocol.SCTP.number))
 class Leaving(NamedTuple):
     """A replica that drains: its addresses in network byte order, and how long it may (seconds).
 
-    `arrivals` says whether what comes to these addresses through other nodes is surely for it.
-    `host_ports` says whether connections of host mode drain too.
+    `arrivals` are the endpoints of this node at which what comes through other nodes is for it, and
+    for nobody else.  `host_ports` says whether connections of host mode drain too.
     """
 
     addresses: frozenset[bytes]
     drain: float
-    arrivals: bool
+    arrivals: frozenset[Endpoint]
     host_ports: bool
 
 
@@ -70,7 +70,7 @@ def connections(
 
 def _arrived(flow: Flow, leaving: Mapping[Name, Leaving]) -> Iterator[Name]:
     for name, one in leaving.items():
-        if one.arrivals and flow.backend[0] in one.addresses:
+        if flow.backend in one.arrivals:
             yield name
 
 
