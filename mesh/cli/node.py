@@ -1,4 +1,4 @@
-"""`mesh node`: join this host to the cluster; list, inspect and remove nodes."""
+"""`mesh node`: join this host to the cluster; list, inspect, drain and remove nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mesh import errors
-from mesh.cli import options, output
+from mesh.cli import node_drain, options, output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=options.Noun)
 def node() -> None:
-    """Join this host; list, inspect and remove nodes."""
+    """Join this host; list, inspect, drain and remove nodes."""
 
 
 @node.command()
@@ -228,3 +228,7 @@ async def _remove(session: Session, name: str, *, force: bool) -> list[str]:
     for item in (await session.store.list(keys.published(name))).items:
         await session.store.delete(item.key)
     return [f"{task.service}/{task.id}" for task in seen.tasks_on(name)]
+
+
+node.add_command(node_drain.drain)
+node.add_command(node_drain.activate)

@@ -89,6 +89,11 @@ _OPTIONS = (
     click.option(
         "--allow", multiple=True, metavar="PREFIX", help="Who may connect; repeatable (all)."
     ),
+    click.option(
+        "--drain",
+        metavar="DURATION",
+        help="How long connections of a task that leaves may go on [default: 10s].",
+    ),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable."),
     click.option("--no-wait", is_flag=True, help="Do not wait for VIP and ports."),
 )
@@ -227,6 +232,7 @@ def changes(given: dict[str, Any]) -> Changes:
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
     from mesh.model.address import parse_address, parse_prefix
+    from mesh.model.names import parse_duration
     from mesh.model.service import Affinity, Prefer, Source
 
     kinds: dict[str, Callable[[str], Any]] = {
@@ -244,6 +250,10 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     if given["allow"]:
         with options.naming("--allow"):
             found["allow"] = tuple(parse_prefix(text) for text in given["allow"])
+    if given["drain"] is not None:
+        with options.naming("--drain"):
+            parse_duration(given["drain"])
+        found["drain"] = given["drain"]
     if given["labels"]:
         found["labels"] = options.labels(given["labels"])
     return found

@@ -1,4 +1,4 @@
-"""`mesh task`: the replicas of services, added by hand or run here; listed and removed."""
+"""`mesh task`: the replicas of services, added by hand or run here; listed, drained and removed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mesh import errors
-from mesh.cli import options, output
+from mesh.cli import options, output, task_drain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=options.Noun)
 def task() -> None:
-    """Add, run, list and remove replicas of services."""
+    """Add, run, list, drain and remove replicas of services."""
 
 
 _WEIGHT = click.option(
@@ -185,12 +185,16 @@ def print_table(seen: World, tasks: Iterable[Task], *, with_service: bool = Fals
 
 
 def _state(seen: World, item: Task) -> output.Cell:
-    """What the task wants, unless its node is gone."""
+    """What the task wants, unless its node is gone or drains."""
+    from mesh.model.task import TaskState
+
     if item.node not in seen.alive:
         return output.Styled("node down", "red")
+    if item.state is not TaskState.RUNNING or item.node in seen.draining:
+        return output.Styled("draining", "yellow")
     if item.weight == 0:
         return output.Styled(f"{item.state.value}, weight 0", "yellow")
-    return item.state.value
+    return str(item.state.value)
 
 
 def _health(health: Health) -> output.Cell:
@@ -235,21 +239,6 @@ def describe(seen: World, item: Task) -> dict[str, Any]:
     }
 
 
-@task.command()
-@click.argument("service")
-@click.argument("id")
-def rm(service: str, id: str) -> None:
-    """Remove a task's record: it gets no new connections.
-
-    What runs under `mesh task run` is stopped there, and then removes its record itself.
-    """
-    options.in_store(lambda session: _remove(session, service, id))
-    if options.as_json():
-        output.document({"removed": [f"{service}/{id}"]})
-    else:
-        output.done(f"Task removed: {service}/{id}")
-
-
-async def _remove(session: Session, service: str, name: str) -> None:
-    if not await session.store.delete(session.keys.task(service, name)):
-        raise errors.NotFound(f"no task {service}/{name}: `mesh task ls {service}` lists them")
+task.add_command(task_drain.drain)
+task.add_command(task_drain.activate)
+task.add_command(task_drain.rm)

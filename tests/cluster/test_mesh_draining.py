@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mesh.lab import environment
 from mesh.model.address import Family, family_of
 from mesh.model.publish import Protocol
 from tests.support import drivers
-from tests.support.cluster import PORT, Cluster, cluster, host, ingress, put, until, until_served
+from tests.support.cluster import (
+    LIMIT,
+    PORT,
+    Cluster,
+    cluster,
+    host,
+    ingress,
+    put,
+    until,
+    until_served,
+)
 from tests.support.requests import Answer, again, ask_all, born, held, stream
 
 if TYPE_CHECKING:
@@ -164,6 +177,47 @@ async def test_a_draining_node_forwards_and_gets_nothing_new(mesh: Cluster) -> N
     assert {a.replica if isinstance(a, Answer) else a for a in at_its_port} == {"a1"}
     assert own
     assert still == own
+
+
+async def says(mesh: Cluster, *args: str) -> str:
+    """What `mesh` printed on a node, while this process goes on; it must succeed."""
+    pid = mesh.node("n2").agent_pid
+    enter = ("nsenter", f"--target={pid}", "--net", "--mount", "--pid", "--")
+    verb = (sys.executable, "-m", "mesh", "--config", str(environment.CONFIG), *args)
+    running = await asyncio.create_subprocess_exec(
+        *enter, *verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    told, failed = await asyncio.wait_for(running.communicate(), LIMIT)
+    assert running.returncode == 0, failed.decode()
+    return told.decode()
+
+
+async def test_replicas_are_replaced_one_by_one_and_no_request_is_lost(mesh: Cluster) -> None:
+    """Each old one is killed the moment that the command line calls it drained."""
+    await mesh.start(("x1", "n1"), ("y1", "n2"))
+    for replica in ("x1", "y1"):
+        mesh.task("web", replica)
+    for replica in REPLICAS:
+        mesh.untask("web", replica)
+    await mesh.settled()
+
+    async with stream(everything(mesh)) as traffic:
+        for old, new in (("x1", "x2"), ("y1", "y2")):
+            await mesh.start((new, mesh.containers[old].node))
+            mesh.task("web", new)
+            await mesh.settled()
+            told = await says(mesh, "task", "rm", "web", old, "--drain")
+            await mesh.kill(old)
+            await traffic.more(CYCLE)
+        await until_served(8 * everything(mesh), {"x2", "y2"})
+        for replica in REPLICAS:
+            mesh.task("web", replica)
+        for replica in ("x2", "y2"):
+            mesh.untask("web", replica)
+        await restore(mesh)
+
+    assert traffic.failures == []
+    assert "removed: web/y1" in told
 
 
 class Pair:
