@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from mesh.agent.state import State
     from mesh.dataplane.conntrack import Conntrack
+    from mesh.engine.traffic import Traffic
     from mesh.rules.ended import Established, Leaving, Name
     from mesh.rules.marks import Layout
 
@@ -39,7 +40,8 @@ _SHARE: Final = 10
 class Drain:
     """The draining tasks of the cluster, as one node's connections see them.
 
-    `pool` gives the key of the pool that has a frontend id, `told` hears of another `report`.
+    `pool` gives the key of the pool that has a frontend id, `told` hears of another `report`, and
+    `traffic` of flows that were ended.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Drain:
         state: State,
         conntrack: Conntrack,
         layout: Layout,
+        traffic: Traffic,
         pool: Callable[[int], str | None],
         told: Callable[[], None],
     ) -> None:
         self._state = state
         self._conntrack = conntrack
         self._layout = layout
+        self._traffic = traffic
         self._pool = pool
         self._told = told
         self._deadlines = Deadlines()
@@ -119,6 +123,7 @@ class Drain:
     async def _end(self, due: Mapping[Name, Established]) -> None:
         flows = [flow for each in due.values() for side in each for flow in side]
         await self._conntrack.end(flows)
+        self._traffic.untold(sum(len(each.translated) for each in due.values()))
         for (service, task), each in due.items():
             if each.translated or each.arrived:
                 log.info(

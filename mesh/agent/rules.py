@@ -91,7 +91,9 @@ class Rules:
         )
         vips = tuple(chain.from_iterable(parameters.vips))
         self.traffic = Traffic(layout, self._reconciler.pool, partial(ports.named, vips), told)
-        self.drain = Drain(state, Conntrack(layout), layout, self._reconciler.pool, told)
+        self.drain = Drain(
+            state, Conntrack(layout), layout, self.traffic, self._reconciler.pool, told
+        )
         self._history = History()
         self._news = asyncio.Event()
         self._refused = asyncio.Event()

@@ -36,7 +36,9 @@ _ANSWERED: Final = 0x02  # IPS_SEEN_REPLY
 _ANSWERED_OR_TRANSLATED: Final = 0x32  # IPS_SEEN_REPLY, IPS_SRC_NAT, IPS_DST_NAT
 _TOUCHED: Final = _ANSWERED_OR_TRANSLATED.to_bytes(4, "big")
 
-_TCP, _TCP_STATE = 1, 1  # CTA_PROTOINFO_TCP, and its state
+_TCP, _TCP_STATE, _TCP_REPLY_FLAGS = 1, 1, 5  # CTA_PROTOINFO_TCP, and what is in it
+_TCP_TIME_WAIT: Final = 7
+_TCP_CLOSE_BEGUN: Final = 0x04  # IP_CT_TCP_FLAG_CLOSE_INIT
 _TCP_CLOSING: Final = frozenset((6, 7, 8))
 """LAST_ACK, TIME_WAIT, CLOSE (linux/netfilter/nf_conntrack_tcp.h)."""
 
@@ -110,9 +112,12 @@ class Conntrack:
     async def end(self, flows: Iterable[Flow]) -> None:
         """Have the program refuse what still comes of these very flows, from either side; that one
         is gone already is no error.  Raises ApplyFailed.
+
+        To conntrack a TCP connection has been closed then: the entry stays as long as it would
+        have, and two minutes from the next segment; a client that connects anew from the same port
+        makes a new one at once.
         """
-        layout = self._layout
-        wanted = [_changed(f.handle, layout.end(f.mark), layout.ct_mark) for f in flows]
+        wanted = [self._ended(flow) for flow in flows]
         if wanted:
             async with self._lock:
                 await asyncio.to_thread(self._change, wanted)
@@ -146,6 +151,10 @@ class Conntrack:
                 return len(done)
             self._change([_changed(handle, become(mark), mask) for handle, mark in fresh.items()])
             done |= fresh.keys()
+
+    def _ended(self, flow: Flow) -> bytes:
+        request = _changed(flow.handle, self._layout.end(flow.mark), self._layout.ct_mark)
+        return request + _CLOSED if flow.protocol == Protocol.TCP.number else request
 
     def _change(self, wanted: list[bytes]) -> None:
         for first in range(0, len(wanted), _IN_FLIGHT):
@@ -279,6 +288,17 @@ def _changed(handle: bytes, mark: int, mask: int) -> bytes:
     """A request to give a flow other bits in its mark."""
     parts = attribute(_MARK, mark.to_bytes(4, "big"))
     return handle + parts + attribute(_MARK_MASK, mask.to_bytes(4, "big"))
+
+
+_CLOSED: Final = nested(
+    _PROTOCOL,
+    nested(
+        _TCP,
+        attribute(_TCP_STATE, bytes((_TCP_TIME_WAIT,)))
+        + attribute(_TCP_REPLY_FLAGS, bytes((_TCP_CLOSE_BEGUN, _TCP_CLOSE_BEGUN))),
+    ),
+)
+"""A connection whose replica closed it, as conntrack sees it: it makes room for a SYN."""
 
 
 # ---- parsing

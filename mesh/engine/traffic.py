@@ -69,8 +69,9 @@ class Traffic:
         self._due = 0.0
         self._took = 0.0
         self._lost = 0
+        self._untold = 0
         self.lost = 0
-        """Flows that ended without being counted: there were too many at once."""
+        """Flows that ended without being counted: there were too many at once, or `untold`."""
         self.problems: tuple[Problem, ...] = ()
 
     async def read(self, published: Collection[Port]) -> Mapping[Port, Volume]:
@@ -141,7 +142,7 @@ class Traffic:
         try:
             while self._some_ended(driver):  # noqa: ASYNC110 - others have their turn
                 await asyncio.sleep(0)
-            lost = driver.lost()
+            lost = driver.lost() + self._untold
             there, self._took = await asyncio.to_thread(_timed, driver, self._account.elders)
             self._account.there(there, some_lost=lost > self._lost)
             self._account.forget(published, there)
@@ -150,6 +151,10 @@ class Traffic:
         finally:
             if self._driver is driver:
                 self._wait(driver)
+
+    def untold(self, count: int) -> None:
+        """So many flows were given marks by which the kernel does not tell of their end."""
+        self._untold += count
 
     # ---- flows that end
 

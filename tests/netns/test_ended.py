@@ -62,9 +62,13 @@ def opened(namespace: str, family: Family, sockets: ExitStack) -> socket.socket:
 
 
 def connect(
-    who: str, where: str, family: Family, sockets: ExitStack
+    who: str,
+    where: str,
+    family: Family,
+    sockets: ExitStack,
+    source: tuple[object, ...] | None = None,
 ) -> tuple[socket.socket, socket.socket]:
-    """Both ends of a connection to the service."""
+    """Both ends of a connection to the service, from a port of the client or any."""
     listener = opened("node" if where == "overlay" else where, family, sockets)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("", SERVER_PORT))
@@ -72,6 +76,8 @@ def connect(
     client = opened(who, family, sockets)
     index = FAMILIES.index(family)
     target = (ADDRESSES["node"][index], PUBLISHED) if who == "client" else (VIPS[index], 80)
+    if source is not None:
+        client.bind(source)
     client.connect(target)
     server = sockets.enter_context(listener.accept()[0])
     listener.close()
@@ -145,6 +151,24 @@ def test_a_client_that_only_closes_ends_too(
 
     with pytest.raises(ConnectionResetError):
         client.recv(100)
+
+
+@BOTH
+@PATHS
+def test_a_client_may_connect_anew_from_the_same_port(
+    world: OneNode, sockets: ExitStack, family: Family, who: str, where: str
+) -> None:
+    publish(world, where)
+    client, _ = connect(who, where, family, sockets)
+    here = client.getsockname()
+    end_all(world, where)
+    assert is_reset(client)
+    client.close()
+
+    again, server = connect(who, where, family, sockets, here)
+
+    server.sendall(b"pong")
+    assert again.recv(100) == b"pong"
 
 
 @BOTH
