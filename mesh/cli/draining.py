@@ -63,7 +63,9 @@ class Progress(NamedTuple):
 def progress(
     snapshot: Snapshot, keys: Keys, tasks: Collection[tuple[str, str]], revision: int
 ) -> Progress:
-    """How far the live nodes are with tasks that drain since `revision`."""
+    """How far the live nodes are with tasks that drain since `revision`; without any, with what
+    was written at it.
+    """
     from mesh.cli import world
 
     alive, applied = keys.under("alive"), keys.under("applied")
@@ -76,7 +78,7 @@ def progress(
     behind, left = [], {}
     for node in sorted(live, key=world.natural):
         report = told.get(node)
-        if report is None or report.drained.revision < revision:
+        if report is None or (report.drained if tasks else report).revision < revision:
             behind.append(node)
             continue
         here = (one for one in report.drained.left if (one.service, one.task) in tasks)
@@ -99,7 +101,8 @@ def _report(key: str, value: bytes) -> Applied | None:
 async def wait(
     session: Session, tasks: Collection[tuple[str, str]], revision: int, seconds: float
 ) -> None:
-    """Return when tasks that drain since `revision` have; say on stderr what is waited for.
+    """Return when tasks that drain since `revision` have, or without any when all live nodes apply
+    that; say on stderr what is waited for.
 
     Raises MeshError after `seconds`.
     """
@@ -114,8 +117,8 @@ async def wait(
             return
         if clock() - began > seconds:
             raise errors.MeshError(
-                f"not drained within {seconds:g} s: still waiting for {now}; no new connection is "
-                "begun where it was applied; wait on with the same verb, or look at `mesh status`"
+                f"not done within {seconds:g} s: still waiting for {now}; where it was applied no "
+                "new connection is begun; wait on with the same verb, or look at `mesh status`"
             )
         if str(now) != said and clock() - began > output.PATIENCE:
             said = str(now)
@@ -123,15 +126,18 @@ async def wait(
         await asyncio.sleep(_LOOK_SECONDS)
 
 
-def patience(given: str | None, seen: World, services: Iterable[str]) -> float:
-    """How long to wait: as --timeout says, or long enough for these services.  Raises BadUsage."""
+def patience(given: str | None, seen: World | None, services: Iterable[str]) -> float:
+    """How long to wait: as --timeout says, or long enough for these services of the world `seen`.
+
+    Raises BadUsage.
+    """
     from mesh.cli import options
     from mesh.model.names import parse_duration
 
     if given is not None:
         with options.naming("--timeout"):
             return parse_duration(given)
-    views = (seen.state.service_view(name) for name in services)
+    views = (seen.state.service_view(name) for name in services if seen is not None)
     longest = max((view.spec.drain_seconds for view in views if view is not None), default=0.0)
     return longest + _SPARE_SECONDS
 

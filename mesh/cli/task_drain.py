@@ -64,27 +64,37 @@ def activate(service: str, id: str) -> None:
 @click.argument("service")
 @click.argument("id")
 @click.option("--drain", "drains", is_flag=True, help="Wait until it has drained, then remove it.")
+@click.option("--wait", is_flag=True, help="Wait until no node begins a connection to it.")
 @draining.TIMEOUT
-def rm(service: str, id: str, drains: bool, timeout: str | None) -> None:
+def rm(service: str, id: str, drains: bool, wait: bool, timeout: str | None) -> None:
     """Remove a task's record: it gets no new connections.
 
     Connections that it has go on for as long as they like; with --drain for the service's --drain,
     and the record goes when they have ended.  What runs under `mesh task run` is stopped there, and
     then removes its record itself.
     """
-    if timeout is not None and not drains:
-        raise errors.BadUsage("--timeout is for --drain: without it nothing is waited for")
-    options.in_store(lambda session: _remove(session, service, id, timeout, drains=drains))
+    if timeout is not None and not (drains or wait):
+        raise errors.BadUsage("--timeout is for --drain or --wait: else nothing is waited for")
+
+    async def remove(session: Session) -> None:
+        if drains:
+            await _drain(session, service, id, timeout, wait=True)
+        revision = await _remove(session, service, id)
+        if wait:
+            await draining.wait(session, (), revision, draining.patience(timeout, None, ()))
+
+    options.in_store(remove)
     if options.as_json():
         output.document({"removed": [f"{service}/{id}"]})
     else:
         output.done(f"Task removed: {service}/{id}")
 
 
-async def _remove(
-    session: Session, service: str, name: str, timeout: str | None, *, drains: bool
-) -> None:
-    if drains:
-        await _drain(session, service, name, timeout, wait=True)
-    if not await session.store.delete(session.keys.task(service, name)):
+async def _remove(session: Session, service: str, name: str) -> int:
+    """The revision at which it is gone."""
+    from mesh.store.protocol import Delete
+
+    key = session.keys.task(service, name)
+    if await session.store.get(key) is None:
         raise errors.NotFound(f"no task {service}/{name}: `mesh task ls {service}` lists them")
+    return (await session.store.transact((), (Delete(key),))).revision

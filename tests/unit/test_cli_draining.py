@@ -85,6 +85,19 @@ def test_a_task_is_removed_when_it_has_drained_and_not_before(cli: CommandLine) 
     assert cli.get(WEB_1) is None
 
 
+def test_who_still_has_a_removed_task_in_service_is_told(cli: CommandLine) -> None:
+    cli.apply("n1")
+    cli.apply("n2")
+    late = cli.run("task", "rm", "web", "web-1", "--wait", "--timeout", "0s")
+    for node in ("n1", "n2"):
+        cli.apply(node, revision=FAR)
+    settled = cli.run("task", "rm", "web", "web-2", "--wait", "--timeout", "0s")
+
+    assert late.exit_code == 1
+    assert "n1, n2 to apply it" in late.stderr
+    assert settled.exit_code == 0
+
+
 def test_a_task_keeps_the_lease_that_it_is_held_by(cli: CommandLine) -> None:
     async def leased() -> int:
         lease = await cli.store.grant(60)
