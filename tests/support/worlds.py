@@ -138,6 +138,25 @@ WORLDS: Final = (
         vip=parts(a=1),
         db=Verdict.REFUSED,
     ),
+    World(
+        "the first node drains, and its database goes on",
+        _join(_web(), TASK_A, TASK_B, DATABASE, {KEYS.maintenance("n1"): {"state": "draining"}}),
+        port=parts(b=1),
+        vip=parts(b=1),
+        db=parts(e=1),
+    ),
+    World(
+        "another drains, and nobody else serves",
+        _join(_web(), TASK_B, {KEYS.maintenance("n2"): b'"draining"'}),
+        port=Verdict.REFUSED,
+        vip=Verdict.REFUSED,
+    ),
+    World(
+        "it takes part again",
+        _join(_web(), TASK_A, TASK_B, {KEYS.maintenance("n2"): {"state": "active"}}),
+        port=parts(a=1, b=1),
+        vip=parts(a=1, b=1),
+    ),
 )
 
 

@@ -49,6 +49,10 @@ def test_a_service_is_seen_with_what_is_allocated_to_it_and_its_tasks() -> None:
         (records.delete(KEYS.alive("n3"), 5), set(), True),
         (records.delete(KEYS.node("n2"), 5), set(), True),
         (records.delete(KEYS.vip_allocation(1), 5), {"web"}, False),
+        (records.put(KEYS.maintenance("n2"), {"state": "draining"}, 5), {"web"}, False),
+        (records.put(KEYS.maintenance("n2"), {"state": "active"}, 5), set(), False),
+        (records.put(KEYS.maintenance("n3"), {"state": "draining"}, 5), set(), False),
+        (records.put(KEYS.maintenance("n2"), {"state": "away"}, 5), set(), False),
         (records.put("/mesh/unknown/thing", {}, 5), set(), False),
     ],
 )
