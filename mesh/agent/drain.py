@@ -61,16 +61,16 @@ class Drain:
         self._told = told
         self._deadlines = Deadlines()
         self._revision = 0
+        self._seen = -1
         self._wake = asyncio.Event()
         self.report = Drained()
         self.problems: tuple[Problem, ...] = ()
 
     def applied(self, revision: int) -> None:
         """The kernel has everything up to `revision`."""
-        if revision > self._revision:
-            self._revision = revision
-            if self._state.drains or self.report.left:
-                self._wake.set()
+        self._revision = max(self._revision, revision)
+        if self._state.drains.version != self._seen:
+            self._wake.set()
 
     async def run(self) -> None:
         """Look for ever, but only while anything drains."""
@@ -90,9 +90,11 @@ class Drain:
     async def _look(self, now: float) -> float | None:
         """Count, and end what is due; seconds until the next look, None: when something changes."""
         revision, leaving = self._revision, self._state.leaving()
+        # What the kernel does not have yet is news again when it does.
+        self._seen = self._state.drains.version if revision >= self._state.revision else -1
         self._deadlines.see(leaving, now)
         if not leaving:
-            self._tell(Drained(revision=self.report.revision))
+            self._tell(Drained(revision=revision))
             return None
         try:
             found = await self._established(leaving)

@@ -34,22 +34,36 @@ class Drains:
         self._tasks: set[Name] = set()
         self.nodes: frozenset[str] = frozenset()
         """Nodes whose tasks drain."""
+        self.version = 0
+        """Grows with all that may change what `leaving` answers."""
 
     def __bool__(self) -> bool:
         return bool(self._tasks or self.nodes)
 
-    def task(self, service: str, name: str, task: Task | None) -> None:
-        """A task is as it is now; None: it is gone."""
-        if task is not None and task.state is TaskState.DRAINING:
-            self._tasks.add((service, name))
-        else:
-            self._tasks.discard((service, name))
+    def task(self, was: Task | None, now: Task | None) -> None:
+        """A task changed; None: it was not there, or is gone."""
+        for task in (was, now):
+            if task is None:
+                continue
+            drains = task.state is TaskState.DRAINING
+            if drains or task.node in self.nodes:
+                self.version += 1
+            if drains and task is now:
+                self._tasks.add((task.service, task.id))
+            else:
+                self._tasks.discard((task.service, task.id))
+
+    def service(self, name: str) -> None:
+        """A service's spec changed."""
+        if self.nodes or any(service == name for service, _ in self._tasks):
+            self.version += 1
 
     def node(self, name: str, wanted: Maintenance | None) -> bool:
         """What operators want of a node; whether that is news."""
         before = self.nodes
         drains = wanted is not None and wanted.state is Duty.DRAINING
         self.nodes = before | {name} if drains else before - {name}
+        self.version += self.nodes != before
         return self.nodes != before
 
     def leaving(

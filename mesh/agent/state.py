@@ -176,13 +176,14 @@ class State:
             del self._services[parts[1]]
         else:
             self._services[parts[1]] = new.record  # type: ignore[assignment]
+        self.drains.service(parts[1])
         return Touched(frozenset(parts[1:]), nodes=False)
 
-    def _index_task(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+    def _index_task(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
         service = parts[1]
         name = _task(new).id if new is not None else parts[2]  # the same text, kept once
         _hold(self._tasks, service, name, new)
-        self.drains.task(service, name, _task(new) if new is not None else None)
+        self.drains.task(*(_task(each) if each is not None else None for each in (old, new)))
         if new is None:
             self.health.task_gone(service, name)
         return Touched(frozenset((service,)), nodes=False)

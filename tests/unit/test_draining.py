@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -139,13 +140,13 @@ def test_what_was_ended_stays_so_when_marks_change(mark: int) -> None:
 def test_a_task_drains_until_its_record_says_otherwise() -> None:
     drains = Drains("n1")
     record = task()
-    drains.task(*WEB_A, draining(record))
+    drains.task(record, draining(record))
     found = drains.leaving([record], SERVICES)
 
     assert found == {WEB_A: Leaving(frozenset({HOST}), 5.0, frozenset({(HOST, 80)}), True)}
-    drains.task(*WEB_A, record)
+    drains.task(draining(record), record)
     assert not drains
-    drains.task(*WEB_A, None)
+    drains.task(draining(record), None)
     assert drains.leaving([record], SERVICES) == {}
 
 
@@ -161,9 +162,31 @@ def test_a_node_drains_all_its_tasks_but_their_host_ports() -> None:
     assert not drains
 
 
+def test_only_what_concerns_something_that_drains_is_news() -> None:
+    drains = Drains("n1")
+    seen = [drains.version]
+    for change in (
+        lambda: drains.task(None, task()),
+        lambda: drains.service("web"),
+        lambda: drains.task(task(), draining(task())),
+        lambda: drains.service("db"),
+        lambda: drains.service("web"),
+        lambda: drains.task(draining(task()), None),
+        lambda: drains.node("n2", Maintenance(state=Duty.DRAINING)),
+        lambda: drains.task(None, task(id="b")),
+        lambda: drains.task(None, task(id="c", node="n2")),
+        lambda: drains.task(task(id="c", node="n2"), None),
+    ):
+        change()
+        seen.append(drains.version)
+
+    news = [now > before for before, now in pairwise(seen)]
+    assert news == [False, False, True, False, True, True, True, False, True, True]
+
+
 def test_what_arrives_at_an_endpoint_that_two_tasks_have_is_left_alone() -> None:
     drains = Drains("n1")
-    drains.task(*WEB_A, draining(task()))
+    drains.task(None, draining(task()))
     same = ServiceSpec(name="same", ports=(PublishedPort(target=80),))
 
     for service, spared in (("same", True), ("db", False), ("unknown", False)):
