@@ -200,13 +200,21 @@ async def test_replicas_are_replaced_one_by_one_and_no_request_is_lost(mesh: Clu
     for replica in REPLICAS:
         mesh.untask("web", replica)
     await mesh.settled()
+    waiting = []
 
     async with stream(everything(mesh)) as traffic:
         for old, new in (("x1", "x2"), ("y1", "y2")):
             await mesh.start((new, mesh.containers[old].node))
             mesh.task("web", new)
             await mesh.settled()
-            told = await says(mesh, "task", "rm", "web", old, "--drain")
+            async with held(4 * everything(mesh)) as first:
+                mine = on(old, first)
+                removal = asyncio.create_task(says(mesh, "task", "rm", "web", old, "--drain"))
+                await until(lambda: left(mesh) == len(mine), "they are told")  # noqa: B023
+                await traffic.more(CYCLE)
+                kept = await again(mine)
+                waiting.append(bool(mine) and kept == mine and mesh.records.get(f"tasks/web/{old}"))
+            told = await removal
             await mesh.kill(old)
             await traffic.more(CYCLE)
         await until_served(8 * everything(mesh), {"x2", "y2"})
@@ -217,6 +225,7 @@ async def test_replicas_are_replaced_one_by_one_and_no_request_is_lost(mesh: Clu
         await restore(mesh)
 
     assert traffic.failures == []
+    assert all(waiting)
     assert "removed: web/y1" in told
 
 
@@ -264,6 +273,7 @@ async def test_both_sides_hear_of_the_end_on_whatever_way(mesh: Cluster, source:
             one = room.enter_context(born(mesh.netns("a2"), everywhere, Protocol.TCP))
             if family is Family.V6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind((everywhere, LISTENER))
             one.listen()
             listeners[family] = one
