@@ -12,6 +12,7 @@ import msgspec
 
 from mesh.agent.drains import Drains
 from mesh.agent.nodes import Nodes
+from mesh.agent.vips import Vips
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
 from mesh.health.verdicts import Verdicts
@@ -73,8 +74,7 @@ class State:
         self._nodes = Nodes(node)
         self.drains = Drains(node)
         self._tasks: dict[str, dict[str, Entry]] = {}
-        self._vips: dict[str, dict[int, VipAllocation]] = {}
-        self._addresses: dict[str, tuple[str, ...]] = {}
+        self._vips = Vips()
         self._ports: dict[str, dict[IngressPort, bool]] = {}
         self._readers: dict[str, tuple[_Parse, _Index]] = {
             "services": (schema.parse_service, self._index_service),
@@ -225,8 +225,7 @@ class State:
             match entry.record if entry is not None else None:
                 case VipAllocation() as vip:
                     services.add(vip.service)
-                    self._addresses.pop(vip.service, None)
-                    _hold(self._vips, vip.service, int(parts[2]), vip if held else None)
+                    self._vips.allocated(int(parts[2]), vip, held=held is not None)
                 case PortAllocation() as port:
                     services.add(port.service)
                     ingress = IngressPort(Protocol(parts[2]), int(parts[3]), port.target)
@@ -246,7 +245,7 @@ class State:
 
     def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
         self._nodes.confine(self.cluster)
-        self._addresses.clear()
+        self._vips.confine(self.cluster)
         if self.cluster is not None:
             self.hostports.confine(self.cluster)
         return Touched(frozenset(self.services()), nodes=True)
@@ -322,7 +321,7 @@ class State:
         return ServiceView(
             spec=spec,
             tasks=tasks,
-            vips=self._vip_addresses(service),
+            vips=self._vips.of(service),
             ingress=self.ingress(service),
             healthy=self.health.healthy(spec, tasks),
             host_ports=self.hostports.granted(service),
@@ -339,19 +338,6 @@ class State:
     def ingress(self, service: str) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that this node serves."""
         return self.hostports.occupied.admitted(service, self._ports.get(service, ()))
-
-    def _vip_addresses(self, service: str) -> tuple[str, ...]:
-        """The allocated addresses that really lie in the VIP range, whatever etcd says."""
-        found = self._addresses.get(service)
-        if found is None:
-            allocated, cluster = self._vips.get(service), self.cluster
-            if not allocated or cluster is None:
-                return ()
-            found = allocated[min(allocated)].addresses
-            if not all(map(cluster.is_vip, found)):
-                found = tuple(filter(cluster.is_vip, found))
-            self._addresses[service] = found
-        return found
 
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
@@ -370,14 +356,9 @@ _NOTHING = Touched(frozenset(), nodes=False)
 _NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
-    "nodes": (2,),
-    "maintenance": (2,),
-    "alive": (2,),
-    "services": (2,),
-    "tasks": (3,),
-    "health": (3,),
+    **dict.fromkeys(("nodes", "maintenance", "alive", "services"), (2,)),
+    **dict.fromkeys(("tasks", "health", "published"), (3,)),
     "allocations": (3, 4),
-    "published": (3,),
 }
 
 
