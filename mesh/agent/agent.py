@@ -180,7 +180,9 @@ class Agent:
         if touched.services and not self._pending.services:
             self._heard = time.monotonic()
         self._pending = Touched(
-            self._pending.services | touched.services, self._pending.nodes | touched.nodes
+            self._pending.services | touched.services,
+            self._pending.nodes | touched.nodes,
+            self._pending.policies | touched.policies,
         )
         self._changed.set()
         if touched.nodes:

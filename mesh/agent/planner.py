@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mesh.model.view import NodeView, PeerNode, ServiceView
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Forwarding
+    from mesh.rules.guards import Guards
     from mesh.rules.ids import Ids
     from mesh.rules.marks import Layout
 
@@ -44,6 +45,10 @@ class Plans:
     def lower_nodes(self, layout: Layout) -> Elements:
         """The elements that describe the nodes."""
         return lower_nodes(self._state.peers(), self._state.node, layout)
+
+    def guards(self) -> Guards:
+        """Who may connect to this node's replicas."""
+        return self._state.guards()
 
 
 def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:

@@ -19,10 +19,13 @@ from mesh.health.verdicts import Verdicts
 from mesh.hostports.ports import HostPorts
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
+from mesh.model.policy import labels_of
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
 from mesh.model.service import Prefer
 from mesh.model.view import IngressPort, ServiceView
+from mesh.policy.book import Policies
+from mesh.policy.plan import Labelled
 from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from mesh.model.task import Task
     from mesh.model.view import NodeView, PeerNode
     from mesh.rules import ended
+    from mesh.rules.guards import Guards
     from mesh.store.protocol import KeyValue
 
     _Parse = Callable[[str, bytes], object]
@@ -43,7 +47,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "health/",
-         "maintenance/")  # fmt: skip
+         "maintenance/", "policies/")  # fmt: skip
 """What an agent follows; reports of other agents would only wake it for nothing."""
 
 
@@ -68,6 +72,7 @@ class State:
         self.invalid: dict[str, Problem] = {}
         self.hostports = HostPorts(node, loopback=loopback)
         self.health = Verdicts(node)
+        self.policies = Policies(node)
         self._entries: dict[str, Entry] = {}
         self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
@@ -86,23 +91,25 @@ class State:
             "allocations": (schema.parse_allocation, self._index_allocation),
             "cluster": (lambda key, value: schema.decode(key, value, Cluster), self._index_cluster),
             "published": (schema.parse_mappings, self._index_published),
+            "policies": (schema.parse_policy, self._index_policy),
         }
 
     # ---- events
 
     def apply(self, event: Snapshot | Changes) -> Touched:
-        """Take in an event; which services it touched, and whether nodes changed."""
+        """Take in an event; what it touched."""
         services: set[str] = set()
-        nodes = False
+        nodes = policies = False
         for touched in self._applied(event):
             services.update(touched.services)
             nodes = nodes or touched.nodes
+            policies = policies or touched.policies
         # Events of two prefixes may arrive out of order; only a snapshot can go back.
         known = 0 if isinstance(event, Snapshot) else self.revision
         self.revision = max(known, event.revision)
         for name in tuple(services):
             services.update(self._claim(name))
-        return Touched(frozenset(services), nodes)
+        return Touched(frozenset(services), nodes, policies)
 
     def _applied(self, event: Snapshot | Changes) -> Iterable[Touched]:
         if isinstance(event, Snapshot):
@@ -120,13 +127,13 @@ class State:
                     yield self._put(change.value)
 
     def believe(self) -> Touched:
-        """Take the doubted keys for gone; which services that touches, and whether nodes."""
+        """Take the doubted keys for gone; what that touches."""
         self.doubting = False
         touched = [self._delete(key) for key in sorted(self.doubted)]
         services = frozenset[str]().union(*(t.services for t in touched))
         for name in services:
             services |= self._claim(name)
-        return Touched(services, any(t.nodes for t in touched))
+        return Touched(services, any(t.nodes for t in touched), any(t.policies for t in touched))
 
     def _put(self, item: KeyValue) -> Touched:
         key, value = item.key, item.value
@@ -177,7 +184,8 @@ class State:
         else:
             self._services[parts[1]] = new.record  # type: ignore[assignment]
         self.drains.service(parts[1])
-        return Touched(frozenset(parts[1:]), nodes=False)
+        concerned = self.policies.concern_service(was, now)  # type: ignore[arg-type]
+        return Touched(frozenset(parts[1:]), nodes=False, policies=concerned)
 
     def _index_task(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
         service = parts[1]
@@ -186,7 +194,13 @@ class State:
         self.drains.task(*(_task(each) if each is not None else None for each in (old, new)))
         if new is None:
             self.health.task_gone(service, name)
-        return Touched(frozenset((service,)), nodes=False)
+        was, now = (entry.record if entry is not None else None for entry in (old, new))
+        concerned = self.policies.concern_task(was, now)  # type: ignore[arg-type]
+        return Touched(frozenset((service,)), nodes=False, policies=concerned)
+
+    def _index_policy(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+        self.policies.put(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
+        return Touched(frozenset(), nodes=False, policies=True)
 
     def _index_node(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         self._nodes.identified(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
@@ -335,6 +349,15 @@ class State:
         tasks = (_task(entry) for each in self._tasks.values() for entry in each.values())
         return self.drains.leaving(tasks, self._services)
 
+    def guards(self) -> Guards:
+        """Who may connect to this node's replicas."""
+        return self.policies.guards(
+            Labelled(task.node, task.addresses, labels_of(name, inherited, task.labels))
+            for name, tasks in self._tasks.items()
+            for inherited in (self._services[name].labels if name in self._services else {},)
+            for task in map(_task, tasks.values())
+        )
+
     def ingress(self, service: str) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that this node serves."""
         return self.hostports.occupied.admitted(service, self._ports.get(service, ()))
@@ -356,7 +379,7 @@ _NOTHING = Touched(frozenset(), nodes=False)
 _NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
-    **dict.fromkeys(("nodes", "maintenance", "alive", "services"), (2,)),
+    **dict.fromkeys(("nodes", "maintenance", "alive", "services", "policies"), (2,)),
     **dict.fromkeys(("tasks", "health", "published"), (3,)),
     "allocations": (3, 4),
 }

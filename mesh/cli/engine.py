@@ -21,7 +21,8 @@ from mesh.delta import Delta
 from mesh.engine.desired import Touched
 from mesh.model.link import DeviceNames
 from mesh.model.report import Applied, Problem
-from mesh.rules import dump, nft
+from mesh.rules import dump, guards, nft
+from mesh.rules.guards import Numbers
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 from mesh.rules.program import Devices, Parameters
@@ -212,6 +213,9 @@ def _desired(
     for view in views:
         nft.adopt(planner.plan(view, node), held, ids)
     wanted = {view.spec.name: planner.lower(view, node, ids)[0] for view in views}
+    numbers, found = Numbers(), known.guards()
+    guards.adopt(found, held, numbers)
+    wanted[dump.POLICIES] = guards.lower(found, numbers)
     wanted[dump.NODES] = planner.lower_nodes(known.peers(), node.name, layout)
     ledger.stage(wanted)
     return {owner: owned for owner in wanted if (owned := ledger.held_by(owner))}

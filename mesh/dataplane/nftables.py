@@ -12,15 +12,15 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-from mesh.dataplane import command, nfchange, nfmessages, nfretire, nfwatch
+from mesh.dataplane import command, nfchange, nfloaded, nfmessages, nfretire, nfwatch
 from mesh.dataplane.nfmessages import TABLE, additions, removals
 from mesh.dataplane.nfnetlink import BRIDGE, INET, Refused, Socket
 from mesh.dataplane.nfwatch import Watch
 from mesh.dataplane.protocol import Examined, Tampering
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
-from mesh.rules import elements, marks, nft, nft_intact, program
-from mesh.rules.nft_intact import Loaded, Seen
+from mesh.rules import elements, nft, nft_intact, program
+from mesh.rules.nft_intact import Seen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
-    from mesh.rules.marks import Layout
     from mesh.rules.program import Parameters
 
 _log = logging.getLogger(__name__)
@@ -53,6 +52,7 @@ class NftablesDriver:
         self._program = program.build(parameters)
         self._socket = Socket()
         self._sizes: frozenset[int] = frozenset()
+        self._guarding = False
         self._attached = False
         self._waiting: Elements | None = None
         self._lock = asyncio.Lock()
@@ -75,19 +75,21 @@ class NftablesDriver:
         async with self._lock:
             with _reading():
                 self._watch = self._watch or Watch(ignored=self.port)
-                loaded, witness, sizes = self._loaded(), self._witness(), self._dispatched()
+                loaded, witness = nfloaded.fingerprint(self._socket), self._witness()
+                sizes = nfloaded.dispatched(self._socket)
                 there = nfmessages.chains(self._socket, INET).keys()
             self._attached = bool(there & self._program.base_chains)
             self._waiting = None
             if loaded.schema != self._program.schema:
-                if self._attached and layout(self._socket) == self._layout:
+                if self._attached and nfloaded.layout(self._socket) == self._layout:
                     self._waiting = {}
                 else:
                     await self._create()
             elif (loaded.version, loaded.witness) != (self._program.version, witness):
-                await self._replace((sizes | self._in_use()) - program.static_sizes(self._layout))
+                needed = sizes | nfloaded.in_use(self._socket, self._layout)
+                await self._replace(needed - program.static_sizes(self._layout))
             else:
-                self._sizes = sizes
+                self._sizes, self._guarding = sizes, program.GUARD in there
                 _log.info("nftables program=adopted version=%x", self._program.version)
                 return False
             return True
@@ -112,6 +114,8 @@ class NftablesDriver:
         """
         sizes = nft.sizes(found, self._layout) - program.static_sizes(self._layout)
         more = program.size_chains(sizes, self._layout) + elements.additions(found)
+        if elements.guarded(found):
+            more += self._program.guard
         try:
             await self._nft(nfretire.for_stand_in(_RECREATE + self._program.inet + more))
         except CommandFailed as error:
@@ -136,9 +140,13 @@ class NftablesDriver:
     async def _replace(self, extra: frozenset[int]) -> None:
         whole = self._program.inet if self._attached else self._program.unhooked
         more = program.size_chains(extra, self._layout)
-        text = _UPGRADE + whole + more + self._stale(extra)
+        guarding = nfloaded.is_guarding(self._socket)
+        if guarding:
+            more += self._program.guard
+        text = _UPGRADE + whole + more + self._stale(extra, guarding)
         try:
             await self._load(text, "replaced", extra)
+            self._guarding = guarding
         except CommandFailed as error:
             _log.warning("nftables program=damaged error=%r created anew", str(error))
             await self._create()
@@ -154,42 +162,23 @@ class NftablesDriver:
             text = "nftables table=bridge error=%r replicas on one bridge cannot reach each other"
             _log.warning(text, str(error))
         self._sizes = program.static_sizes(self._layout) | extra
+        self._guarding = False
         self._write_witness(before + transactions)
         _log.info("nftables program=%s version=%x", how, self._program.version)
 
     async def _nft(self, text: str) -> None:
         await command.run("nft", "-f", "-", input=text, started=self._own.add)
 
-    def _stale(self, extra: Iterable[int]) -> str:
+    def _stale(self, extra: Iterable[int], guarding: bool) -> str:
         """Deletes chains of ours that the program does not have; the flush leaves them empty."""
         more = {program.chain(size, self._layout) for size in extra}
+        if guarding:
+            more.add(program.GUARD)
         wanted = self._program.chains | more
         foreign = sorted(nfmessages.chains(self._socket, INET).keys() - wanted)
         return "".join(
             f"delete chain inet mesh {name}\n" for name in foreign if name.isidentifier()
         )
-
-    def _loaded(self) -> Loaded:
-        try:
-            found = nfmessages.read_elements(self._socket, ["fingerprint"])
-        except FileNotFoundError:
-            return Loaded(None, None, None)
-        parts = [found.get(("fingerprint", elements.mark_bytes(slot))) for slot in range(3)]
-        return Loaded(*(elements.mark_of(part) if part else None for part in parts))
-
-    def _dispatched(self) -> frozenset[int]:
-        """The pool sizes that the loaded program has chains for."""
-        with contextlib.suppress(FileNotFoundError):
-            found = nfmessages.raw_elements(self._socket, "sizes")
-            return frozenset(elements.mark_of(element[8:12]) for element in found)
-        return frozenset()
-
-    def _in_use(self) -> frozenset[int]:
-        """The pool sizes that frontends need, whatever became of their dispatch."""
-        with contextlib.suppress(FileNotFoundError):
-            held = nfmessages.read_elements(self._socket, elements.FRONTENDS)
-            return nft.sizes(held, self._layout)
-        return frozenset()
 
     def _witness(self) -> int | None:
         with contextlib.suppress(FileNotFoundError):
@@ -206,7 +195,7 @@ class NftablesDriver:
         if witness is None or nfmessages.generation(self._socket) != generation:
             return
         chunks = additions("fingerprint", [(key, elements.mark_bytes(witness))])
-        if self._loaded().witness is not None:
+        if nfloaded.fingerprint(self._socket).witness is not None:
             chunks = [*removals("fingerprint", [key]), *chunks]
         self._socket.transact([chunk.message for chunk in chunks])
 
@@ -234,9 +223,9 @@ class NftablesDriver:
             with _reading():
                 if (INET, nfmessages.TABLE) not in nfmessages.tables(self._socket):
                     raise FileNotFoundError
-                loaded = self._loaded()
+                loaded = nfloaded.fingerprint(self._socket)
                 rules = nfmessages.rule_counts(self._socket, INET)
-                seen = Seen(self._witness(), self._dispatched(), rules)
+                seen = Seen(self._witness(), nfloaded.dispatched(self._socket), rules)
                 held = await asyncio.to_thread(self._readable)
         wanted = {
             "schema": f"0x{self._program.schema:x}",
@@ -270,10 +259,21 @@ class NftablesDriver:
         missing = nft.sizes(delta.add, self._layout) - self._sizes
         if missing:
             await self._add_sizes(missing)
+        if elements.guarded(delta.add) and not self._guarding:
+            await self._extend(self._program.guard)
+            self._guarding = True
         if len(delta) <= _IN_LOOP:
             self._change(delta)
         else:
             await asyncio.to_thread(self._change, delta)
+        if self._guarding and elements.guarded(delta.remove):
+            await self._relieve()
+
+    async def _relieve(self) -> None:
+        """Spare packets a hook that has nobody to guard any more."""
+        if not nfloaded.is_guarding(self._socket):
+            await self._extend(program.UNGUARD)
+            self._guarding = False
 
     def _change(self, delta: ElementDelta) -> None:
         now, orphans = nfchange.packed(delta)
@@ -303,7 +303,7 @@ class NftablesDriver:
     async def _extend(self, text: str) -> None:
         """Load more of the program into what is there."""
         before = nfmessages.generation(self._socket)
-        intact = self._loaded().witness == self._witness()
+        intact = nfloaded.fingerprint(self._socket).witness == self._witness()
         await self._nft(text)
         if intact:
             self._write_witness(before + 1)
@@ -362,23 +362,6 @@ class NftablesDriver:
 
 def _hex(number: int | None) -> str | None:
     return None if number is None else f"{number:#x}"
-
-
-def layout(netlink: Socket) -> Layout | None:
-    """How the program on this host keeps marks; None if there is none, or it cannot be told."""
-    try:
-        found = nfmessages.read_elements(netlink, ["fingerprint"])
-    except OSError:
-        return None
-    keys = (elements.mark_bytes(key) for key in (0, *program.LAYOUT_KEYS))
-    parts = [found.get(("fingerprint", key)) for key in keys]
-    match [elements.mark_of(part) for part in parts if part]:
-        case [_]:
-            return marks.DEFAULT
-        case [_, packet_mark, ct_mark]:
-            with contextlib.suppress(ValueError):
-                return marks.Layout.of(packet_mark, ct_mark)
-    return None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
-from mesh.dataplane import command, host, nfmessages, nfretire, nftables
+from mesh.dataplane import command, host, nfloaded, nfmessages, nfretire
 from mesh.dataplane.iptables import IptablesDriver
 from mesh.dataplane.nfnetlink import INET, Socket
 from mesh.dataplane.nftables import NftablesDriver
@@ -151,7 +151,7 @@ async def layout(parameters: Parameters) -> Layout | None:
     told.  Whose rules they are does not matter to `parameters`.  Raises CommandFailed.
     """
     with closing(Socket()) as netlink:
-        found = nftables.layout(netlink)
+        found = nfloaded.layout(netlink)
     for driver in await _iptables_present(parameters) if found is None else ():
         found = found or await driver.layout()
     return found

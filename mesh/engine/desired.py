@@ -12,15 +12,19 @@ if TYPE_CHECKING:
 
     from mesh.rules.elements import Elements
     from mesh.rules.forwarding import Forwarding
+    from mesh.rules.guards import Guards
     from mesh.rules.ids import Ids
     from mesh.rules.marks import Layout
 
 
 class Touched(NamedTuple):
-    """What an event may have changed: these services, and perhaps the set of nodes."""
+    """What an event may have changed: these services, perhaps the set of nodes, or who may connect
+    to this node's replicas.
+    """
 
     services: frozenset[str]
     nodes: bool
+    policies: bool = False
 
 
 class Lowered(NamedTuple):
@@ -50,4 +54,8 @@ class Desired(Protocol):
 
     def lower_nodes(self, layout: Layout) -> Elements:
         """The elements that describe the nodes, this one among them."""
+        ...
+
+    def guards(self) -> Guards:
+        """Who may connect to this node's replicas, as policies have it."""
         ...

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from mesh.delta import Delta
 from mesh.engine import backoff
+from mesh.engine.desired import Touched
 from mesh.engine.healing import Repair
 from mesh.errors import ApplyFailed
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
-from mesh.rules import elements, nft, stale
+from mesh.rules import elements, guards, nft, stale
+from mesh.rules.guards import Numbers
 from mesh.rules.ids import Ids
 from mesh.rules.ledger import Ledger
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from mesh.dataplane.protocol import Driver, ElementDelta
-    from mesh.engine.desired import Desired, Touched
+    from mesh.engine.desired import Desired
     from mesh.rules.elements import ElementKey, Elements
     from mesh.rules.marks import Layout
 
@@ -34,6 +36,12 @@ log = logging.getLogger(__name__)
 
 _NODES = "/nodes"
 """The owner of what describes the nodes; no service can have a name with a slash."""
+
+_POLICIES = "/policies"
+"""The owner of what policies come to."""
+
+_OTHERS = (_NODES, _POLICIES)
+"""The owners that are no services, as Touched has them."""
 
 
 class Reconciler:
@@ -55,6 +63,7 @@ class Reconciler:
         self._written = written
         self._refused = refused
         self._ids = Ids(layout)
+        self._numbers = Numbers()
         self._ledger = Ledger()
         self._looked_at: tuple[str, dict[int, Elements]] = ("", {})
         self._pools: dict[str, tuple[str, ...]] = {}
@@ -80,6 +89,7 @@ class Reconciler:
         if known:
             for name in names:
                 nft.adopt(self._desired.forwardings(name), known, self._ids)
+            guards.adopt(self._desired.guards(), known, self._numbers)
         log.info("adopting services=%d elements=%d", len(names), len(actual))
         try:
             written = await self._take_over(actual, names)
@@ -97,12 +107,12 @@ class Reconciler:
 
         While the kernel takes in a chunk the next one is planned.
         """
-        delta, step = self._missing(actual, (), nodes=True), self._driver.chunk
+        delta, step = self._missing(actual, (), rest=True), self._driver.chunk
         written, writing = len(delta.add), asyncio.create_task(self._write(delta))
         try:
             for first in range(0, len(names), step):
                 await asyncio.sleep(0)  # so that it is under way
-                delta = self._missing(actual, names[first : first + step], nodes=False)
+                delta = self._missing(actual, names[first : first + step], rest=False)
                 await writing
                 written += len(delta.add)
                 writing = asyncio.create_task(self._write(delta))
@@ -114,9 +124,11 @@ class Reconciler:
             await self._write(Delta(actual, {}))
         return written
 
-    def _missing(self, actual: Elements, names: Iterable[str], *, nodes: bool) -> ElementDelta:
-        """Stage some services: what of them is not in `actual`.  Takes it out of there."""
-        staged = self._stage(names, nodes=nodes).add
+    def _missing(self, actual: Elements, names: Iterable[str], *, rest: bool) -> ElementDelta:
+        """Stage some services, or the rest: what of them is not in `actual`.  Takes it out of
+        there.
+        """
+        staged = self._stage(Touched(frozenset(names), rest, rest)).add
         if not actual:
             return Delta({}, staged)
         missing = {key: value for key, value in staged.items() if actual.get(key) != value}
@@ -132,7 +144,7 @@ class Reconciler:
         """
         async with self._writing:
             if not self._staged:
-                self._stage(sorted(self._desired.services()), nodes=True)
+                self._stage(Touched(frozenset(self._desired.services()), True, True))
                 self._staged = True
             await self._resync(Delta())
 
@@ -150,7 +162,7 @@ class Reconciler:
                 self._repaired |= Repair(elements=len(delta))
 
     def _wanted(self, key: ElementKey) -> bytes | None:
-        owner: str | None = _NODES
+        owner: str | None = _POLICIES if key[0] in elements.POLICIES else _NODES
         if elements.SETS[key[0]].key[0] is elements.MARK:
             pool = self._ids.key(self._ids.layout.id_of(elements.mark_of(key[1][:4])))
             owner = pool.partition("/")[0] if pool is not None else None
@@ -164,7 +176,7 @@ class Reconciler:
     async def reconcile(self, touched: Touched) -> None:
         """Plan the touched services again and write what differs."""
         async with self._writing:
-            delta = self._stage(touched.services, nodes=touched.nodes)
+            delta = self._stage(touched)
             if self._is_refused(touched):  # what it has in the kernel is not what the ledger says
                 await self._resync(delta)
             elif delta:
@@ -234,10 +246,12 @@ class Reconciler:
             shown = elements.describe(key)
             yield Problem(about=f"service {owner}", message=f"{shown} belongs to {winner}")
 
-    def _stage(self, services: Iterable[str], *, nodes: bool) -> ElementDelta:
+    def _stage(self, touched: Touched) -> ElementDelta:
         self._looked_at = ("", {})
-        wanted = {name: self._lower(name) for name in services}
-        if nodes:
+        wanted = {name: self._lower(name) for name in sorted(touched.services)}
+        if touched.policies:
+            wanted[_POLICIES] = guards.lower(self._desired.guards(), self._numbers)
+        if touched.nodes:
             wanted[_NODES] = self._desired.lower_nodes(self._ids.layout)
         return self._ledger.stage(wanted)
 
@@ -261,7 +275,8 @@ class Reconciler:
             await self._resync(delta)
 
     def _is_refused(self, touched: Touched) -> bool:
-        owners = touched.services | {_NODES} if touched.nodes else touched.services
+        owners = touched.services
+        owners |= {owner for owner, is_ in zip(_OTHERS, touched[1:], strict=True) if is_}
         return not self._failed.keys().isdisjoint(owners)
 
     async def _write(self, delta: ElementDelta) -> None:
@@ -294,7 +309,7 @@ class Reconciler:
         """One owner at a time, so that a record the kernel refuses disturbs nobody else."""
         actual = await self._driver.read()
         await self._driver.apply(Delta(_without(actual, self._ledger.elements()), {}))
-        for owner in (_NODES, *sorted(self._desired.services())):
+        for owner in (*_OTHERS, *sorted(self._desired.services())):
             held = self._ledger.held_by(owner)
             missing = _without(held, actual)
             try:
@@ -307,7 +322,11 @@ class Reconciler:
         tries = self._tries[owner] = self._tries.get(owner, 0) + 1
         log.error("refused owner=%s tries=%d error=%s", owner, tries, error)
         message = backoff.told(str(error), tries)
-        self._failed[owner] = Problem(about=f"service {owner}", message=message)
+        self._failed[owner] = Problem(about=_about(owner), message=message)
+
+
+def _about(owner: str) -> str:
+    return {_NODES: "nodes", _POLICIES: "policies"}.get(owner, f"service {owner}")
 
 
 def _without(actual: Elements, desired: Elements) -> Elements:

@@ -26,6 +26,9 @@ FORMAT: Final = 1
 NODES: Final = "/nodes"
 """The owner of what describes the nodes; no service can have a name with a slash."""
 
+POLICIES: Final = "/policies"
+"""The owner of what policies come to."""
+
 UNKNOWN: Final = "/unknown"
 """The owner of what the kernel holds and nobody wants."""
 
@@ -201,6 +204,8 @@ def text(rules: Rules, owners: Iterable[str] | None = None) -> Iterator[str]:
         layout = rules.parameters.layout
         more = nft.sizes(rules.elements, layout) - program.static_sizes(layout)
         yield from program.size_chains(more, layout).splitlines()
+        if elements.guarded(rules.elements):
+            yield from program.build(rules.parameters).guard.splitlines()
     for owner in sorted(rules.owners) if owners is None else owners:
         yield f"# {title(owner)}"
         for key, data in sorted(rules.owners[owner].items()):
@@ -209,7 +214,8 @@ def text(rules: Rules, owners: Iterable[str] | None = None) -> Iterator[str]:
 
 def title(owner: str) -> str:
     """An owner as people call it."""
-    return {NODES: "nodes of the mesh", UNKNOWN: "wanted by nobody"}.get(owner, f"service {owner}")
+    known = {NODES: "nodes of the mesh", POLICIES: "policies", UNKNOWN: "wanted by nobody"}
+    return known.get(owner, f"service {owner}")
 
 
 def by_owner(

@@ -15,7 +15,7 @@ from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from mesh.rules.marks import Layout
 
@@ -45,8 +45,13 @@ PROTO: Final = Part("inet_proto", 4, _protocol)
 PORT: Final = Part("inet_service", 4, lambda data: str(int.from_bytes(data[:2], "big")))
 MARK: Final = Part("mark", 4, lambda data: f"0x{struct.unpack('=I', data)[0]:x}")
 SLOT: Final = Part("slot", 4, lambda data: str(struct.unpack("=I", data)[0]))
+GUARD: Final = Part("classid", 4, lambda data: _classid(*struct.unpack("=I", data)))
 ETHER: Final = Part("ether_addr", 6, lambda data: data.hex(":"))
 ZONE: Final = Part("ct zone", 2, lambda data: str(struct.unpack("=H", data[:2])[0]))
+
+
+def _classid(value: int) -> str:
+    return f"{value >> 16:x}:{value & 0xFFFF:x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ def _specs() -> dict[str, SetSpec]:
         SetSpec("via", (ETHER,), (MARK,)),
         SetSpec("zones", (ETHER,), (ZONE,)),
         SetSpec("limited", (MARK,)),
+        SetSpec("doors", (GUARD, PROTO, PORT), (GUARD,)),
     ]
     for family in FAMILIES:
         host, end = ADDRESS[family], family.suffix
@@ -77,6 +83,8 @@ def _specs() -> dict[str, SetSpec]:
             SetSpec(f"known{end}", (host,), shared=True),
             SetSpec(f"allow{end}", (MARK, host)),
             SetSpec(f"hairpin{end}", (host, host), shared=True),
+            SetSpec(f"guarded{end}", (host,), (GUARD,)),
+            SetSpec(f"grants{end}", (GUARD, host)),
         ]
     return {spec.name: spec for spec in specs}
 
@@ -90,6 +98,12 @@ FRONTENDS: Final = frozenset(
     for family in FAMILIES
 )
 """The maps whose data is a frontend's mark."""
+
+GUARDED: Final = frozenset(f"guarded{family.suffix}" for family in FAMILIES)
+"""The maps from a replica that policies select to its guard."""
+
+POLICIES: Final = GUARDED | {"doors"} | {f"grants{family.suffix}" for family in FAMILIES}
+"""All that policies come to."""
 
 TARGETS: Final = frozenset(f"targets{family.suffix}" for family in FAMILIES)
 """The maps from such a mark and a slot to a backend."""
@@ -140,6 +154,30 @@ def allow_range(key: ElementKey, layout: Layout) -> tuple[int, str]:
     """The id bits and the prefix of such an element."""
     mark = mark_of(key[1][:4])
     return mark & layout.id, f"{address.unpacked(key[1][4:])}/{layout.slots_of(mark)}"
+
+
+PORT_BITS: Final = range(0, 17, 4)
+"""How many bits the ports of a block have in common: ranges are cut into such blocks."""
+
+ID_SHIFT: Final = 8
+"""Numbers of guards and grants are above the length of a prefix or the bits of a block."""
+
+
+def door_key(guard: int, protocol: Protocol, port: int, bits: int) -> ElementKey:
+    """The block of ports that begins with `port`, behind a guard."""
+    head = mark_bytes(guard << ID_SHIFT | bits)
+    return "doors", head + PROTO_BYTES[protocol] + port_bytes(port)
+
+
+def grant_key(grant: int, host: str, length: int) -> ElementKey:
+    """A prefix that a grant lets in."""
+    family = Family.V6 if ":" in host else Family.V4
+    return f"grants{family.suffix}", mark_bytes(grant << ID_SHIFT | length) + address.packed(host)
+
+
+def guarded(found: Iterable[ElementKey]) -> bool:
+    """Whether some elements are replicas that policies select."""
+    return any(name in GUARDED for name, _ in found)
 
 
 def ether_bytes(mac: str) -> bytes:

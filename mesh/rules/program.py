@@ -35,6 +35,11 @@ may have in a user namespace (net.core.wmem_max); all 1023 would load in 108 ms 
 CLOSED: Final = (("127.0.0.0/8",), ("::1",))
 """Where ports of any address do not answer: CVE-2020-8558 is what happens otherwise."""
 
+GUARD: Final = "guard"
+"""The chain that is loaded only while policies select some of the node's replicas."""
+
+UNGUARD: Final = f"flush chain inet mesh {GUARD}\ndelete chain inet mesh {GUARD}\n"
+
 LAYOUT_KEYS: Final = (3, 4)
 """Where `fingerprint` has packet_mark and ct_mark, if they are not the default."""
 
@@ -166,11 +171,13 @@ def _marks(layout: Layout) -> dict[str, str]:
 class Program:
     """The text for one node, and how a loaded copy of it is recognised.
 
+    `guard` is what is added to `inet` while policies select some of the node's replicas.
     `schema` changes when sets, hooks or the layout of marks do, which only a new table can have;
     `version` changes with any line.  Both are 32 bits of a SHA-256.
     """
 
     inet: str
+    guard: str
     bridge: str
     schema: int
     version: int
@@ -181,9 +188,10 @@ class Program:
         """Everything, as one file for `nft -f`."""
         return self.inet + self.bridge
 
-    def sized(self, sizes: frozenset[int]) -> str:
-        """`inet`, with a chain for each of these pool sizes too."""
-        return self.inet + size_chains(sizes - static_sizes(self.layout), self.layout)
+    def sized(self, sizes: frozenset[int], *, guards: bool = False) -> str:
+        """`inet`, with a chain for each of these pool sizes too, and for policies."""
+        more = size_chains(sizes - static_sizes(self.layout), self.layout)
+        return self.inet + more + (self.guard if guards else "")
 
     @property
     def unhooked(self) -> str:
@@ -225,7 +233,12 @@ def build(parameters: Parameters) -> Program:
         lines = [line.removeprefix("?") for line in lines]
     else:
         lines = [line for line in lines if line[0] != "?"]
-    text = "".join(f"{line}\n" for line in _expanded(lines, parameters))
+    on_demand = [line[1:] for line in lines if line[0] == "!"]
+    lines = [line for line in lines if line[0] != "!"]
+    text, guard = (
+        "".join(f"{line}\n" for line in _expanded(each, parameters)) for each in (lines, on_demand)
+    )
+    guard = f"table inet mesh {{\n{guard}}}\n"
     inet, mark, bridge = text.partition("table bridge mesh\n")
     inet += _size_elements(static_sizes(layout), layout)
     declarations = re.findall(r"^ +(?:set|map|type) .*", inet, re.MULTILINE)
@@ -234,12 +247,12 @@ def build(parameters: Parameters) -> Program:
         declarations.append(str(layout))  # elements with marks of another one mean nothing
         fields = zip(LAYOUT_KEYS, (layout.packet_mark, layout.ct_mark), strict=True)
         told = "".join(f", {key} : 0x{mask:x}" for key, mask in fields)
-    schema, version = _digest("\n".join(declarations)), _digest(f"{EDITION} {text}")
+    schema, version = _digest("\n".join(declarations)), _digest(f"{EDITION} {text}{guard}")
     told = f"0 : 0x{schema:x}, 1 : 0x{version:x}{told}, {SLOT} : 0x{EDITION:x}"
     if parameters.owner != owner.AGENT:
         told += f", {owner.SLOT} : 0x{parameters.owner:x}"
     inet += f"add element inet mesh fingerprint {{ {told} }}\n"
-    return Program(inet, mark + bridge, schema, version, layout)
+    return Program(inet, guard, mark + bridge, schema, version, layout)
 
 
 @lru_cache(maxsize=8)
@@ -339,8 +352,10 @@ def _asked(line: str, parameters: Parameters, family: Family) -> Iterable[dict[s
     for word, values in several.items():
         if f"${word}" in line:
             return [{word: value} for value in values[index]]
-    if "$length" in line:
+    if "$within" in line:
         return _lengths(family, layout)
+    if "$dport" in line:
+        return _BLOCKS
     if "$host" in line:
         places = layout.waiting().items()
         return [{"host": f"0x{bit:x}", "place": f"0x{place:x}"} for bit, place in places]
@@ -357,4 +372,12 @@ def _lengths(family: Family, layout: Layout) -> Iterator[dict[str, str]]:
         if length < family.bits:
             mask = ipaddress.ip_network(f"{anywhere}/{length}").netmask
             source = f"({source} & {mask})"
-        yield {"length": f"0x{length << layout.shift:x}", "within": source}
+        at = {"length": f"0x{length << layout.shift:x}", "cut": f"0x{length:x}"}
+        yield {**at, "within": source}
+
+
+_BLOCKS: Final = [
+    {"block": f"0x{bits:x}", "dport": f"th dport & 0x{0xFFFF0000 >> bits & 0xFFFF:x}"}
+    for bits in reversed(elements.PORT_BITS)
+]
+"""Each size of the blocks that ports are looked up in: how many bits they have in common."""

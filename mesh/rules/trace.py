@@ -200,8 +200,8 @@ class Trace:
 
 
 @lru_cache(maxsize=64)
-def _load(parameters: Parameters, sizes: frozenset[int]) -> trace_program.Loaded:
-    return trace_program.load(program.build(parameters).sized(sizes))
+def _load(parameters: Parameters, sizes: frozenset[int], guards: bool) -> trace_program.Loaded:
+    return trace_program.load(program.build(parameters).sized(sizes, guards=guards))
 
 
 def walk(packet: Packet, place: Place) -> Trace:
@@ -210,7 +210,8 @@ def walk(packet: Packet, place: Place) -> Trace:
     Raises ValueError for a packet that cannot be: two families, or a sender that is not there.
     """
     _check(packet, place)
-    loaded = _load(place.parameters, nft.sizes(place.elements, place.parameters.layout))
+    sizes = nft.sizes(place.elements, place.parameters.layout)
+    loaded = _load(place.parameters, sizes, elements.guarded(place.elements))
     sets = trace_sets.Sets(place.elements, loaded)
     first = _Walk(packet, place, loaded, sets)
     ending = first.run()

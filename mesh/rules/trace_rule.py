@@ -57,6 +57,7 @@ class Flow:
     ether: bytes = b""
     local: bool = False
     mark: int = 0
+    priority: int = 0
     ct_mark: int = 0
     tracked: bool = True
     translated: bool = False
@@ -100,6 +101,7 @@ _SELECT: Final[Mapping[tuple[str, str], Callable[[Flow], Value | None]]] = {
     ("meta", "l4proto"): lambda flow: flow.protocol,
     ("meta", "nfproto"): lambda flow: f"ipv{flow.family.suffix}",
     ("meta", "mark"): lambda flow: flow.mark,
+    ("meta", "priority"): lambda flow: flow.priority,
     ("th", "dport"): lambda flow: flow.port,
     ("tcp", "dport"): lambda flow: flow.port if flow.protocol == 6 else None,
     ("udp", "dport"): lambda flow: flow.port if flow.protocol == 17 else None,
@@ -172,6 +174,9 @@ class _Reader:
             self.flow.ct_mark = value
         elif what == "meta mark" and isinstance(value, int):
             self.flow.mark = value
+        elif what == "meta priority" and isinstance(value, int):
+            self.flow.priority = value
+            return  # where the program keeps what it looks up next: nothing for people
         shown = f"0x{value:x}" if isinstance(value, int) else str(value)
         self.outcome.set = f"{what} = {shown}"
 

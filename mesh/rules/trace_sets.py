@@ -55,8 +55,12 @@ _ENCODE: Final[Mapping[Part, Callable[[Any], bytes]]] = {
     elements.PROTO: elements.proto_bytes,
     elements.PORT: elements.port_bytes,
     elements.MARK: elements.mark_bytes,
+    elements.GUARD: elements.mark_bytes,
     elements.SLOT: elements.mark_bytes,
 }
+
+
+_NUMBERS: Final = (elements.MARK, elements.GUARD)
 
 
 def encoded(spec: SetSpec, key: tuple[Value, ...]) -> bytes:
@@ -84,7 +88,7 @@ def _decoded(spec: SetSpec, data: bytes) -> int | str | Target:
         case ():
             return ""
         case (part,):
-            return elements.mark_of(data) if part is elements.MARK else part.show(data)
+            return elements.mark_of(data) if part in _NUMBERS else part.show(data)
         case (host, port):
             return Target(host.show(data[: host.width]), int(port.show(data[host.width :])))
     raise ValueError(f"{spec.name}: data of {len(spec.data)} fields")

@@ -27,17 +27,34 @@ _SETS: Final = {
     "targets": "backend in slot",
     "via": "peer's steering device",
     "zones": "peer's steering device",
+    "guarded": "replica that a policy selects",
+    "doors": "port that a policy names",
+    "grants": "source that it lets in",
     "hairpin": "replica that reached itself",
 }
 
 TOLD: Final = frozenset(
-    ("vips", "hostips", "meshports", "ports", "known", "limited", "allow", "targets", "via")
+    (
+        "vips",
+        "hostips",
+        "meshports",
+        "ports",
+        "known",
+        "limited",
+        "allow",
+        "targets",
+        "via",
+        "doors",
+        "grants",
+    )
 )
 """Sets in which not being found is worth a word."""
 
 _REASONS: Final = {
     "dispatch": "no backend can be given the connection",
     "allowed": "the source is not on the service's allow list",
+    "guarded": "a policy selects the replica, and none opens this port",
+    "granted": "a policy selects the replica, and none lets this source connect to the port",
     "stray": "the VIP is alive, but has no such port",
     "tunnel_in": "the steering port is for nodes only",
     "raw_bridge": "a container may use addresses of its node's subnet only",
@@ -88,6 +105,10 @@ _IPTABLES: Final = {
     "steer_out": "MESH-MANGLE-OUT",
     "misfit": "MESH-MISFIT",
     "misfit_here": "MESH-MISFIT-HERE",
+    "guard": "MESH-GUARD",
+    "guarded": "MESH-GUARD",
+    "granted": "MESH-GUARD",
+    "let_in": "MESH-GUARD",
     "clamp": "MESH-MANGLE-FWD",
     "forward": "MESH-LAST",
     "output": "MESH-OUTPUT",
@@ -175,4 +196,4 @@ def reason(comment: str, chains: Sequence[str]) -> str:
     if comment:
         return comment
     where = chains[-2] if chains[-1] == "refuse" and len(chains) > 1 else chains[-1]
-    return _REASONS.get(where, f"chain {where}")
+    return _REASONS.get(stem(where), f"chain {where}")

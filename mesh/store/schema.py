@@ -18,6 +18,7 @@ from mesh.model.listener import Listening
 from mesh.model.maintenance import Duty, Maintenance
 from mesh.model.mapping import Cursors, PortMapping
 from mesh.model.node import Node
+from mesh.model.policy import NetworkPolicy
 from mesh.model.publish import PORTS, Protocol
 from mesh.model.report import Applied, Health
 from mesh.model.service import ServiceSpec
@@ -70,6 +71,10 @@ class Keys:
     def tasks_of(self, service: str) -> str:
         """The prefix of a service's tasks."""
         return f"{self.prefix}/tasks/{service}/"
+
+    def policy(self, name: str) -> str:
+        """A network policy."""
+        return f"{self.prefix}/policies/{name}"
 
     def node_allocation(self, number: int) -> str:
         """The owner of a node number."""
@@ -163,6 +168,14 @@ def parse_task(key: str, value: bytes) -> Task:
     return task
 
 
+def parse_policy(key: str, value: bytes) -> NetworkPolicy:
+    """A network policy; its name must be the key's last part."""
+    policy = decode(key, value, NetworkPolicy)
+    if policy.name != key.rpartition("/")[2]:
+        raise InvalidRecord(key, f"name {policy.name!r} differs from the key")
+    return policy
+
+
 def parse_node(key: str, value: bytes) -> Node:
     """A node; its name must be the key's last part."""
     node = decode(key, value, Node)
@@ -226,6 +239,7 @@ def json_schema() -> dict[str, object]:
         "task": Task,
         "node": Node,
         "maintenance": Maintenance,
+        "policy": NetworkPolicy,
         "nodeAllocation": NodeAllocation,
         "vipAllocation": VipAllocation,
         "portAllocation": PortAllocation,

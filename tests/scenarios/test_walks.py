@@ -94,7 +94,7 @@ def at_the_end(node: Node, history: History) -> Iterator[World | Touched]:
 def _merged(touched: Iterable[Touched]) -> Touched:
     kept = list(touched)
     services = frozenset[str]().union(*(each.services for each in kept))
-    return Touched(services, any(each.nodes for each in kept))
+    return Touched(services, any(t.nodes for t in kept), any(t.policies for t in kept))
 
 
 FLUSHES: Final = (

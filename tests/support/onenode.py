@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 from mesh.dataplane import netns
 from mesh.delta import Delta
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import marks, nft
+from mesh.rules import guards, marks, nft
+from mesh.rules.guards import Guards, Numbers
 from mesh.rules.ids import Ids
 from tests.support import drivers, rules
 from tests.support.echo import EchoServers
@@ -57,6 +58,8 @@ _SYSCTLS: Final = {
     "bridge/bridge-nf-call-ip6tables": "0",
 }
 
+_NO_GUARDS: Final = Guards()
+
 
 @dataclass(frozen=True, slots=True)
 class OneNode:
@@ -67,10 +70,13 @@ class OneNode:
     driver: Driver
     servers: EchoServers
     ids: Ids
+    numbers: Numbers
 
-    def publish(self, forwardings: Iterable[Forwarding]) -> None:
-        """Install forwardings, this node's addresses and its containers, and nothing else."""
-        wanted = self.lowered(forwardings)
+    def publish(self, forwardings: Iterable[Forwarding], guarded: Guards = _NO_GUARDS) -> None:
+        """Install forwardings, this node's addresses and its containers, who may connect to them,
+        and nothing else.
+        """
+        wanted = self.lowered(forwardings) | guards.lower(guarded, self.numbers)
 
         async def install() -> None:
             await self.driver.apply(Delta.between(await self.driver.read(), wanted))
@@ -119,7 +125,7 @@ def one_node(backend: str = "nftables", layout: Layout = marks.DEFAULT) -> Itera
         stack.callback(driver.close)
         node.run(driver.prepare())
         node.run(driver.attach())
-        yield OneNode(node, client, driver, servers, Ids(layout))
+        yield OneNode(node, client, driver, servers, Ids(layout), Numbers())
 
 
 def _with_lengths(name: str, *lengths: int) -> list[str]:

@@ -50,7 +50,7 @@ def _field(part: Part, number: int) -> bytes:
         return elements.proto_bytes((6, 17)[number % 2])
     if part is elements.PORT:
         return elements.port_bytes(number + 1)
-    if part in (elements.MARK, elements.SLOT):
+    if part in (elements.MARK, elements.SLOT, elements.GUARD):
         return elements.mark_bytes(number)
     if part is elements.ZONE:
         return elements.zone_bytes(number)

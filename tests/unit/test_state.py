@@ -195,7 +195,7 @@ def test_a_node_believes_its_own_record_of_dynamic_ports_and_nobody_else_s() -> 
     assert after is not None
     assert before.host_ports == frozenset()
     assert {claim.published for claim in after.host_ports} == {32007}
-    assert touched == (frozenset({"x", "web"}), True)
+    assert touched == (frozenset({"x", "web"}), True, False)
     assert state.hostports.unwritten() == {}
 
 

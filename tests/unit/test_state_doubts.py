@@ -90,7 +90,7 @@ def test_what_did_not_come_back_is_gone_in_the_end() -> None:
     believed = state.believe()
 
     assert "n2" not in _alive(state)
-    assert believed == (frozenset({"web"}), True)
+    assert believed == (frozenset({"web"}), True, False)
     assert state.doubted == set()
 
 
