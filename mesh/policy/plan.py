@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 from collections import defaultdict
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mesh.model.publish import PORTS, Protocol
@@ -78,7 +79,7 @@ def _doors(protocol: Protocol, rules: _Rules) -> Iterator[Door]:
     edges = {edge for each in spans.values() for first, last in each for edge in (first, last + 1)}
     starts = sorted(edges)
     open_: Door | None = None
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         letting = sorted(
             name
             for name, each in spans.items()

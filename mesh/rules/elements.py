@@ -175,6 +175,13 @@ def grant_key(grant: int, host: str, length: int) -> ElementKey:
     return f"grants{family.suffix}", mark_bytes(grant << ID_SHIFT | length) + address.packed(host)
 
 
+def grant_range(key: ElementKey) -> tuple[int, str]:
+    """The number of the grant and the prefix of such an element."""
+    head = mark_of(key[1][:4])
+    length = head & (1 << ID_SHIFT) - 1
+    return head >> ID_SHIFT, f"{address.unpacked(key[1][4:])}/{length}"
+
+
 def guarded(found: Iterable[ElementKey]) -> bool:
     """Whether some elements are replicas that policies select."""
     return any(name in GUARDED for name, _ in found)

@@ -32,7 +32,7 @@ _HALVES: Final = {
 
 _ALL: Final = {Family.V4: "0.0.0.0/0", Family.V6: "::/0"}
 
-_ALLOW: Final = re.compile(r"mesh-allow([46])-([0-9a-f]+)")
+_LIST: Final = re.compile(r"mesh-(allow|grant)([46])-([0-9a-f]+)")
 _FAMILY: Final = {Family.V4: "inet", Family.V6: "inet6"}
 _TYPES: Final = {
     "vips": "hash:ip,port",
@@ -45,7 +45,10 @@ _TYPES: Final = {
 }
 
 KEPT: Final = frozenset(f"{name}{f.suffix}" for name in _TYPES for f in FAMILIES)
-"""The sets of elements that are ipsets, one to one; each allow list is one of its own."""
+"""The sets of elements that are ipsets, one to one; each allow list and each grant is one of its
+own."""
+
+_GRANTS: Final = frozenset(f"grants{f.suffix}" for f in FAMILIES)
 
 
 def set_name(name: str) -> str:
@@ -58,9 +61,14 @@ def allow_name(family: Family, mark: int) -> str:
     return f"mesh-allow{family.suffix}-{mark:x}"
 
 
+def grant_name(family: Family, number: int) -> str:
+    """The ipset of a grant: the prefixes that it lets in."""
+    return f"mesh-grant{family.suffix}-{number:x}"
+
+
 def is_ours(name: str) -> bool:
     """Whether a set of the host belongs to the mesh."""
-    return name == CANARY or name[5:] in KEPT or bool(_ALLOW.fullmatch(name))
+    return name == CANARY or name[5:] in KEPT or bool(_LIST.fullmatch(name))
 
 
 def ours(listed: str) -> set[str]:
@@ -79,29 +87,35 @@ def program() -> list[str]:
     return [*lines, f"create {CANARY} hash:ip", f"add {CANARY} 127.0.0.1"]
 
 
-def create_allow(name: str) -> str:
-    """Creates the set of an allow list."""
-    match = _ALLOW.fullmatch(name)
+def create_list(name: str) -> str:
+    """Creates the set of an allow list or a grant."""
+    match = _LIST.fullmatch(name)
     assert match is not None
-    family = _FAMILY[Family(int(match[1]))]
+    family = _FAMILY[Family(int(match[2]))]
     return f"create {name} hash:net family {family} maxelem 1048576"
 
 
-def allow_of(key: ElementKey, layout: Layout) -> str:
-    """The ipset of an element of `allow4` or `allow6`."""
-    family = Family(int(key[0][-1]))
-    return allow_name(family, elements.allow_range(key, layout)[0])
+def list_of(key: ElementKey, layout: Layout) -> str | None:
+    """The ipset of a prefix of an allow list or a grant; None for other elements."""
+    if key[0].startswith("allow"):
+        return allow_name(Family(int(key[0][-1])), elements.allow_range(key, layout)[0])
+    if key[0] in _GRANTS:
+        return grant_name(Family(int(key[0][-1])), elements.grant_range(key)[0])
+    return None
 
 
 def holds(key: ElementKey) -> bool:
     """Whether an element is an entry of a set; others are rules."""
-    return key[0].startswith("allow") or key[0] in KEPT
+    return key[0].startswith("allow") or key[0] in _GRANTS or key[0] in KEPT
 
 
 def is_prefix(key: ElementKey, layout: Layout) -> bool:
-    """Whether an allow element is one that ipset can hold; others do not come from records."""
+    """Whether a prefix is one that ipset can hold; others do not come from records."""
+    is_grant = key[0] in _GRANTS
     try:
-        ipaddress.ip_network(elements.allow_range(key, layout)[1])
+        ipaddress.ip_network(
+            (elements.grant_range(key) if is_grant else elements.allow_range(key, layout))[1]
+        )
     except ValueError:
         return False
     return True
@@ -133,10 +147,11 @@ def removals(key: ElementKey, layout: Layout) -> list[str]:
 def _entries(key: ElementKey, layout: Layout) -> tuple[str, tuple[str, ...]]:
     name, data = key
     family = Family(int(name[-1]))
-    if name.startswith("allow"):
-        bits, prefix = elements.allow_range(key, layout)
-        entries = _HALVES[family] if prefix == _ALL[family] else (prefix,)
-        return allow_name(family, bits), entries
+    listed = list_of(key, layout)
+    if listed is not None:
+        is_grant = name in _GRANTS
+        _, prefix = elements.grant_range(key) if is_grant else elements.allow_range(key, layout)
+        return listed, _HALVES[family] if prefix == _ALL[family] else (prefix,)
     width = family.bits // 8
     if name not in elements.FRONTENDS:
         return set_name(name), (address.unpacked(data[:width]),)
@@ -160,13 +175,13 @@ def parse(text: str, layout: Layout) -> tuple[Elements, set[str]]:
             names.add(name)
         elif name == CANARY:
             names.add(f"{CANARY} {words[0]}")
-        elif allow := _ALLOW.fullmatch(name):
-            found[_allow_key(allow, words[0], layout)] = b""
+        elif match := _LIST.fullmatch(name):
+            found[_list_key(match, words[0], layout)] = b""
         else:
             _parse_entry(found, name[5:], words, layout)
     for name in names:
-        if allow := _ALLOW.fullmatch(name):
-            _join_halves(found, allow, layout)
+        if match := _LIST.fullmatch(name):
+            _join_halves(found, match, layout)
     return found, names
 
 
@@ -175,20 +190,24 @@ def is_whole(names: set[str]) -> bool:
     return {*map(set_name, KEPT), CANARY, f"{CANARY} 127.0.0.1"} <= names
 
 
-def _allow_key(allow: re.Match[str], entry: str, layout: Layout) -> ElementKey:
+def _list_key(listed: re.Match[str], entry: str, layout: Layout) -> ElementKey:
     """The element of an entry; ipset shows a prefix of one address without a length."""
-    prefix = entry if "/" in entry else f"{entry}/{Family(int(allow[1])).bits}"
-    return elements.allow_key(int(allow[2], 16), prefix, layout)
+    prefix = entry if "/" in entry else f"{entry}/{Family(int(listed[2])).bits}"
+    number = int(listed[3], 16)
+    if listed[1] == "grant":
+        host, _, length = prefix.partition("/")
+        return elements.grant_key(number, host, int(length))
+    return elements.allow_key(number, prefix, layout)
 
 
-def _join_halves(found: Elements, allow: re.Match[str], layout: Layout) -> None:
+def _join_halves(found: Elements, listed: re.Match[str], layout: Layout) -> None:
     """Two halves of a list are everything; one alone is a range like any other."""
-    family, mark = Family(int(allow[1])), int(allow[2], 16)
-    halves = [elements.allow_key(mark, half, layout) for half in _HALVES[family]]
+    family = Family(int(listed[2]))
+    halves = [_list_key(listed, half, layout) for half in _HALVES[family]]
     if all(half in found for half in halves):
         for half in halves:
             del found[half]
-        found[elements.allow_key(mark, _ALL[family], layout)] = b""
+        found[_list_key(listed, _ALL[family], layout)] = b""
 
 
 def _parse_entry(found: Elements, name: str, words: list[str], layout: Layout) -> None:
@@ -209,20 +228,24 @@ def by_use(names: set[str]) -> list[str]:
     """Those of `names` that are sets, such that the first is in use if any is."""
     return [
         *sorted(names & {set_name(name) for name in KEPT}),
-        *sorted(filter(_ALLOW.fullmatch, names)),
+        *sorted(filter(_LIST.fullmatch, names)),
         *sorted(names & {CANARY}),
     ]
 
 
 def lists(names: set[str]) -> set[str]:
-    """Those of `names` that are sets of allow lists."""
-    return set(filter(_ALLOW.fullmatch, names))
+    """Those of `names` that are sets of allow lists or grants."""
+    return set(filter(_LIST.fullmatch, names))
 
 
 def sets_of(found: Mapping[ElementKey, bytes], layout: Layout) -> Iterator[str]:
-    """The allow lists that some elements need: of ranges, and of marks that are limited."""
-    for key in found:
-        if key[0].startswith("allow"):
-            yield allow_of(key, layout)
+    """The lists that some elements need: of ranges, of marks that are limited, and of doors."""
+    for key, data in found.items():
+        listed = list_of(key, layout)
+        if listed is not None:
+            yield listed
         elif key[0] == "limited":
             yield from (allow_name(f, elements.mark_of(key[1])) for f in FAMILIES)
+        elif key[0] == "doors":
+            number = elements.mark_of(data) >> elements.ID_SHIFT
+            yield from (grant_name(f, number) for f in FAMILIES)

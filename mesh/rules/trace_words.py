@@ -107,7 +107,7 @@ _IPTABLES: Final = {
     "misfit_here": "MESH-MISFIT-HERE",
     "guard": "MESH-GUARD",
     "guarded": "MESH-GUARD",
-    "granted": "MESH-GUARD",
+    "granted": "MESH-CLOSED",
     "let_in": "MESH-GUARD",
     "clamp": "MESH-MANGLE-FWD",
     "forward": "MESH-LAST",

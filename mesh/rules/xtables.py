@@ -34,10 +34,12 @@ TABLES: Final = ("raw", "nat", "filter", "mangle")
 CANARY: Final = "MESH-CANARY"
 """One in each table.  Nothing jumps to it; its comment tells which program is loaded."""
 
-ROOTS: Final = {"raw": ("MESH-ZONES", "MESH-PEERS"), "nat": ("MESH-POOLS",)}
+ROOTS: Final = {
+    "raw": ("MESH-ZONES", "MESH-PEERS"), "nat": ("MESH-POOLS",), "filter": ("MESH-GUARD",)
+}  # fmt: skip
 """Chains that the static ones jump to, and whose rules come from elements."""
 
-OWN: Final = re.compile(r"MESH-(?:[PH]-[0-9a-f-]+|T-[0-9]+-[0-9a-f]+)")
+OWN: Final = re.compile(r"MESH-(?:[PHGC]-[0-9a-f-]+|T-[0-9]+-[0-9a-f]+)")
 """Names of chains that come and go with elements."""
 
 POOL: Final = re.compile(r"MESH-[PH]-[0-9a-f-]+")

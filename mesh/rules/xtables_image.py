@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import elements, ipsets, xtables, xtables_peers
+from mesh.rules import elements, ipsets, xtables, xtables_guards, xtables_peers
 from mesh.rules.xtables_pools import Pools
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     ElementDelta = Delta[ElementKey, bytes]
 
 _PEERS: Final = frozenset(xtables_peers.CHAINS)
+_DOORS: Final = elements.GUARDED | {"doors"}
 _HAIRPINS: Final = ("hairpin4", "hairpin6")
 _LISTED: Final = ("limited", "allow4", "allow6")
+_GRANTED: Final = ("doors", "grants4", "grants6")
 
 
 class Step(NamedTuple):
@@ -69,7 +71,9 @@ class Image:
             nat, raw = (saved[family].get(t, xtables.Saved({})).chains for t in ("nat", "raw"))
             pools = found._pools[f"targets{family.suffix}"]
             pools.parse(nat)
-            for key, data in xtables_peers.parse(raw).items():
+            filtered = saved[family].get("filter", xtables.Saved({})).chains
+            more = xtables_peers.parse(raw) | xtables_guards.parse(family, filtered)
+            for key, data in more.items():
                 found._put(key, data)
             for mark in pools.limits():
                 found._put(("limited", elements.mark_bytes(mark)), b"")
@@ -88,7 +92,12 @@ class Image:
     def chains(self, family: Family) -> dict[str, Chains]:
         """All chains that elements come to, by table."""
         pools = self._pools[f"targets{family.suffix}"]
-        return {"raw": self._peers(), "nat": pools.chains(pools.ids())}
+        nat = pools.chains(pools.ids())
+        return {"raw": self._peers(), "nat": nat, "filter": self._guards(family)}
+
+    def _guards(self, family: Family) -> Chains:
+        guarded = self._sets[f"guarded{family.suffix}"]
+        return xtables_guards.chains(family, guarded, self._sets["doors"])
 
     def _peers(self) -> Chains:
         return xtables_peers.chains(self._sets["zones"], self._sets["via"], self._layout)
@@ -147,8 +156,9 @@ class Image:
         )
 
     def lists(self) -> set[str]:
-        """The sets of allow lists that are in use."""
-        held = {(name, text): b"" for name in _LISTED for text in self._sets[name]}
+        """The sets of allow lists and grants that are in use."""
+        names = (*_LISTED, *_GRANTED)
+        held = {(name, key): data for name in names for key, data in self._sets[name].items()}
         return set(ipsets.sets_of(held, self._layout))
 
     def plan(self, delta: ElementDelta) -> Plan:
@@ -190,17 +200,22 @@ class Image:
         """Limits and ranges of the marks that the change touches: before it, or after."""
         parts = (delta.remove, delta.add)
         touched = {self._list_of(key) for part in parts for key in part if key[0] in _LISTED}
-        if not touched:
-            return {}
-        found = {
-            (name, text): b""
-            for name in _LISTED
-            for text in self._sets[name]
-            if self._list_of((name, text)) in touched
-        }
-        if after:
+        found: Elements = {}
+        if touched:
+            found |= {
+                (name, text): b""
+                for name in _LISTED
+                for text in self._sets[name]
+                if self._list_of((name, text)) in touched
+            }
+        if any(key[0] in _GRANTED for part in parts for key in part):
+            found |= {
+                (name, key): data for name in _GRANTED for key, data in self._sets[name].items()
+            }
+        if after and found | delta.add:
+            listed = (*_LISTED, *_GRANTED)
             found = {key: data for key, data in found.items() if key not in delta.remove}
-            found |= {key: data for key, data in delta.add.items() if key[0] in _LISTED}
+            found |= {key: data for key, data in delta.add.items() if key[0] in listed}
         return found
 
     def _write(self, delta: ElementDelta) -> Stage:
@@ -214,10 +229,10 @@ class Image:
             }
             for name in self._pools
         }  # fmt: skip
-        peers = any(key[0] in _PEERS for part in (delta.remove, delta.add) for key in part)
-        before = self._touched(ids, peers=peers)
+        names = {key[0] for part in (delta.remove, delta.add) for key in part}
+        before = self._touched(ids, names)
         self.update(delta)
-        after = self._touched(ids, peers=peers)
+        after = self._touched(ids, names)
         return [
             Step(family, _restore(old, after[family]), _restore(after[family], old))
             for family, old in before.items()
@@ -233,11 +248,13 @@ class Image:
         return key[0], self._layout.id_of(elements.mark_of(key[1][:4]))
 
     def _touched(
-        self, ids: Mapping[str, set[int]], *, peers: bool
+        self, ids: Mapping[str, set[int]], names: set[str]
     ) -> dict[Family, dict[str, Chains]]:
+        """The chains of some pools, and all that elements of these sets come to."""
         return {
             family: {
-                "raw": self._peers() if peers else {},
+                "raw": {} if names.isdisjoint(_PEERS) else self._peers(),
+                "filter": {} if names.isdisjoint(_DOORS) else self._guards(family),
                 "nat": self._pools[name].chains(ids[name]) if ids[name] else {},
             }
             for family, name in zip(FAMILIES, self._pools, strict=True)
@@ -257,12 +274,12 @@ def _first_entries(delta: ElementDelta, created: list[str], layout: Layout) -> S
     A replica that reaches itself before it is in `hairpin` would never get an answer.
     """
     new = {k: v for k, v in delta.add.items() if ipsets.holds(k) and k[0] not in elements.FRONTENDS}
-    text = [ipsets.create_allow(name) for name in created]
+    text = [ipsets.create_list(name) for name in created]
     text += [line for key, data in new.items() for line in ipsets.additions(key, data, layout)]
     undo = [
         line
         for key in new
-        if not (key[0].startswith("allow") and ipsets.allow_of(key, layout) in created)
+        if ipsets.list_of(key, layout) not in created
         for line in ipsets.removals(key, layout)
     ]
     undo += [f"destroy {name}" for name in created]
@@ -286,7 +303,7 @@ def _last_entries(delta: ElementDelta, destroyed: list[str], layout: Layout) -> 
     for key, data in delta.remove.items():
         if not ipsets.holds(key) or key[0] in _HAIRPINS:
             continue
-        if key[0].startswith("allow") and ipsets.allow_of(key, layout) in destroyed:
+        if ipsets.list_of(key, layout) in destroyed:
             continue
         undo += ipsets.additions(key, data, layout)
         if key not in delta.add:
@@ -312,7 +329,7 @@ def _joined(lines: Iterable[str]) -> str:
 
 def _check_form(key: ElementKey, layout: Layout) -> None:
     name, text = key
-    if name.startswith("allow") and not ipsets.is_prefix(key, layout):
+    if ipsets.list_of(key, layout) is not None and not ipsets.is_prefix(key, layout):
         raise _refused(key, "is not a prefix")
     if name in elements.TARGETS:
         mark, slot = elements.mark_of(text[:4]), elements.mark_of(text[4:])

@@ -44,6 +44,7 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
             lines = "".join(_tables(rules, family, dynamic))
         else:
             lines = xtables.restore("nat", Delta({}, pools))
+            lines += xtables.restore("filter", Delta({}, dynamic["filter"]))
         if lines:
             yield f"# for: {_program(rules, family)}-restore --noflush"
             yield from lines.splitlines()
@@ -53,7 +54,7 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
 
 
 def _entries(found: Elements, layout: Layout) -> Iterator[str]:
-    yield from map(ipsets.create_allow, sorted(set(ipsets.sets_of(found, layout))))
+    yield from map(ipsets.create_list, sorted(set(ipsets.sets_of(found, layout))))
     for key, data in sorted(found.items()):
         if ipsets.holds(key):
             yield from ipsets.additions(key, data, layout)

@@ -136,7 +136,7 @@ def read_back(image: Image, layout: Layout = marks.DEFAULT) -> Elements:
         dynamic = image.chains(family)
         saved[family] = {table: xtables.Saved(chains) for table, chains in dynamic.items()}
     held = image.elements()
-    entries = [ipsets.create_allow(name) for name in ipsets.sets_of(held, layout)]
+    entries = [ipsets.create_list(name) for name in ipsets.sets_of(held, layout)]
     entries += [line for key, data in held.items() for line in _entry_lines(key, data, layout)]
     found, _ = ipsets.parse("\n".join(entries), layout)
     return Image.parse(saved, found, layout).elements()
