@@ -29,6 +29,7 @@ COMMANDS: Final = {
     ),
     "unpublish": ("mesh.cli.publish:unpublish", "Take the ports of a container back."),
     "published": ("mesh.cli.publish:published", "List the ports published without etcd."),
+    "policy": ("mesh.cli.policy:policy", "Say who may connect to which tasks."),
     "status": ("mesh.cli.status:status", "Say how the whole mesh is."),
     "doctor": ("mesh.cli.doctor:doctor", "Examine this host; say what to do."),
     "trace": ("mesh.cli.trace:trace", "Walk one packet through a node's rules, step by step."),

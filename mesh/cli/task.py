@@ -46,6 +46,7 @@ _WEIGHT = click.option(
     help="Its address, one of each family; repeatable.",
 )
 @_WEIGHT
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="For policies.")
 @click.option("--netns", metavar="PATH", help="Its network namespace, for checks of type exec.")
 def add(
     service: str,
@@ -53,6 +54,7 @@ def add(
     node: str,
     addresses: tuple[str, ...],
     weight: int,
+    labels: tuple[str, ...],
     netns: str | None,
 ) -> None:
     """Register a replica that something else runs."""
@@ -70,6 +72,7 @@ def add(
             node=node,
             addresses=parsed,
             weight=weight,
+            labels=options.labels(labels),
             netns=UNSET if netns is None else netns,
         )
     stray = options.in_store(lambda session: _write(session, record))

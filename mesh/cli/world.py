@@ -15,14 +15,18 @@ from mesh.cli import output
 from mesh.model.cluster import Cluster
 from mesh.model.listener import Listening
 from mesh.model.maintenance import Duty
+from mesh.model.policy import labels_of
 from mesh.model.report import Applied, Health, Problem, Status
 from mesh.store import schema
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.cli.options import Session
     from mesh.model.cluster import NodeNetwork
     from mesh.model.mapping import PortMapping
     from mesh.model.node import Node
+    from mesh.model.policy import NetworkPolicy
     from mesh.model.task import Task
     from mesh.model.view import ServiceView
     from mesh.store.protocol import KeyValue, Snapshot
@@ -97,6 +101,24 @@ class World:
                 raise errors.InvalidRecord(key, self.state.invalid[key].message)
             raise errors.NotFound(f"no service {name!r}: `mesh service ls` lists them")
         return view
+
+    @property
+    def policies(self) -> Mapping[str, NetworkPolicy]:
+        """Every network policy, by name."""
+        return self.state.policies.all
+
+    def selected(self, policy: NetworkPolicy) -> list[Task]:
+        """The tasks that a policy selects."""
+        return [
+            task
+            for (service, _), task in self.tasks.items()
+            if policy.pod_selector.matches(self.labels(service, task))
+        ]
+
+    def labels(self, service: str, task: Task) -> dict[str, str]:
+        """The labels of a task, with those it inherits."""
+        view = self.state.service_view(service)
+        return labels_of(service, view.spec.labels if view is not None else {}, task.labels)
 
     def problems_of(self, service: str, since: int = 0) -> tuple[Problem, ...]:
         """What keeps a service from being what its spec says, as reported after `since`."""

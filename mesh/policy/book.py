@@ -24,18 +24,19 @@ class Policies:
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._policies: dict[str, NetworkPolicy] = {}
+        self.all: dict[str, NetworkPolicy] = {}
+        """By name."""
 
     def put(self, name: str, policy: NetworkPolicy | None) -> None:
         """Take in a policy, or forget it."""
         if policy is None:
-            self._policies.pop(name, None)
+            self.all.pop(name, None)
         else:
-            self._policies[name] = policy
+            self.all[name] = policy
 
     def concern_task(self, old: Task | None, new: Task | None) -> bool:
         """Whether a change of a task may change what policies come to."""
-        if not self._policies:
+        if not self.all:
             return False
         if old is None or new is None:
             return True
@@ -44,8 +45,8 @@ class Policies:
     def concern_service(self, old: ServiceSpec | None, new: ServiceSpec | None) -> bool:
         """The same of a service, whose labels its tasks inherit."""
         labels = [spec.labels if spec is not None else {} for spec in (old, new)]
-        return bool(self._policies) and labels[0] != labels[1]
+        return bool(self.all) and labels[0] != labels[1]
 
     def guards(self, tasks: Iterable[Labelled]) -> Guards:
         """What they come to on this node."""
-        return plan(self._policies.values(), tasks if self._policies else (), self._node)
+        return plan(self.all.values(), tasks if self.all else (), self._node)

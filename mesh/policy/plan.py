@@ -5,11 +5,14 @@ A task that some policy selects is closed, but for what the rules of all that se
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from collections import defaultdict
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgspec
 
 from mesh.model.publish import PORTS, Protocol
 from mesh.rules.guards import Door, Grant, Guard, Guards
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 _EVERYWHERE: Final = ("0.0.0.0/0", "::/0")
 
 _Rules = dict[str, "IngressRule"]
-"""Rules by name: the policy's and the rule's place in it."""
+"""Rules by name: the policy's, and a digest of the rule.  A rule that is changed is another one, so
+that nobody meets its new sources with its old ports.
+"""
 
 
 class Labelled(NamedTuple):
@@ -63,7 +68,8 @@ def plan(policies: Iterable[NetworkPolicy], tasks: Iterable[Labelled], node: str
 
 
 def _named(policy: NetworkPolicy) -> Iterator[tuple[str, IngressRule]]:
-    return ((f"{policy.name}/{place}", rule) for place, rule in enumerate(policy.ingress))
+    for rule in policy.ingress:
+        yield f"{policy.name}/{hashlib.sha256(msgspec.json.encode(rule)).hexdigest()[:16]}", rule
 
 
 def _guard(names: tuple[str, ...], addresses: list[str], rules: Mapping[str, _Rules]) -> Guard:

@@ -44,7 +44,8 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
             lines = "".join(_tables(rules, family, dynamic))
         else:
             lines = xtables.restore("nat", Delta({}, pools))
-            lines += xtables.restore("filter", Delta({}, dynamic["filter"]))
+            guards = {name: rules for name, rules in dynamic["filter"].items() if rules}
+            lines += xtables.restore("filter", Delta({}, guards))
         if lines:
             yield f"# for: {_program(rules, family)}-restore --noflush"
             yield from lines.splitlines()

@@ -75,7 +75,7 @@ def test_both_families_are_served_alike() -> None:
     text = program.build(PARAMETERS).inet
 
     def rules(family: str, other: str) -> int:
-        asked = re.findall(rf"@(?!allow|policy)\w+{family}\b", text)
+        asked = re.findall(rf"@(?!allow|grants)\w+{family}\b", text)
         return len(asked) - text.count(f"@nodes{family} notrack")
 
     # The tunnel's outer packets are IPv4 alone: two rules ask nodes4 about them.

@@ -295,7 +295,7 @@ def test_every_chain_has_one_of_iptables_that_does_the_same() -> None:
         for family in FAMILIES
         for table in xtables.program(rules.PARAMETERS, family).values()
         for name in table.chains
-    }
+    } | {name for roots in xtables.ROOTS.values() for name in roots}
     pools = {name for name in loaded.chains if name.startswith(("random_", "hash_", "allowed"))}
 
     told = {name: trace_words.chain(name, flow) for name in loaded.chains}
