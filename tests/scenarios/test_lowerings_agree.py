@@ -157,7 +157,9 @@ def sample(world: World, seed: int, each: int = 2) -> list[Packet]:
     strata: dict[object, list[Packet]] = {}
     for packet in dice.sample(found, min(len(found), 150)):
         fate = oracle.expected(packet, world)
-        strata.setdefault((fate.verdict, fate.sticky, packet.entry), []).append(packet)
+        strata.setdefault(
+            (*sorted(v.value for v in fate.verdicts), fate.sticky, packet.entry), []
+        ).append(packet)
     return [packet for alike in strata.values() for packet in alike[:each]]
 
 
@@ -186,15 +188,19 @@ def _check_shares(
     wanted: oracle.Expected, found: Mapping[End, Fraction], tolerance: Fraction
 ) -> None:
     """`tolerance`: each of n rules adds what it is wrong by at most, whatever the others do."""
-    assert {end.verdict for end in found} == {wanted.verdict}
+    verdicts = {end.verdict for end in found}
     assert sum(found.values()) == 1
     shares = {end.target: share for end, share in found.items() if end.target}
+    open_ = {target: n for target, n in wanted.shares.items() if target not in wanted.closed}
     if wanted.sticky:
-        assert shares.keys() <= wanted.shares.keys()
-        assert list(shares.values()) == [1]
+        assert len(verdicts) == 1
+        assert verdicts <= wanted.verdicts
+        assert shares.keys() <= open_.keys()
+        assert list(shares.values()) in ([1], [] if wanted.closed else [1])
         return
-    assert shares.keys() == wanted.shares.keys()
-    for target, share in wanted.shares.items():
+    assert verdicts == wanted.verdicts
+    assert shares.keys() == open_.keys()
+    for target, share in open_.items():
         assert abs(shares[target] - share) <= tolerance, target
 
 
@@ -255,7 +261,9 @@ def fates(packet: Packet, world: World | None, node: Node) -> set[Fate]:
     wanted = oracle.expected(packet, world) if world is not None else None
     if wanted is not None and wanted.sticky:
         itself = {target: target.rpartition(":")[0].strip("[]") for target in wanted.shares}
-        found |= {(wanted.verdict, t, host == packet.source) for t, host in itself.items()}
+        found |= {(wanted.verdict, t, host == packet.source) for t, host in itself.items()
+                  if t not in wanted.closed}  # fmt: skip
+        found |= {(Verdict.REFUSED, "", False)} if wanted.closed else set()
     return found
 
 

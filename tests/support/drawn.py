@@ -43,6 +43,13 @@ LISTS: Final = (
     ("203.0.113.8/30", "2001:db8:7::/64", "192.0.2.1/32"),
     ("::/0", "203.0.112.0/21", "203.0.113.0/24"),
 )
+BLOCKS: Final = (
+    ("203.0.113.0/24", ()),
+    ("0.0.0.0/0", ("203.0.113.8/30", "10.0.0.0/9")),
+    ("2001:db8::/32", ("2001:db8:9::/48",)),
+    ("::/0", ()),
+    ("10.0.0.0/16", ("10.0.1.250/32",)),
+)
 _TARGETS: Final = (80, 81)
 
 
@@ -117,11 +124,29 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """Who may connect where: everybody without blocks and services, anywhere without ports."""
+
+    blocks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    services: tuple[str, ...] = ()
+    ports: tuple[tuple[Protocol, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A network policy for the tasks of one service; without one, for all."""
+
+    service: str | None
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
 class World:
     """A cluster as it is at one moment."""
 
     services: tuple[Service, ...]
     dead: frozenset[int]
+    policies: tuple[Policy, ...] = ()
 
     def snapshot(self) -> Snapshot:
         """Everything in etcd; tasks are created in their order."""
@@ -133,6 +158,8 @@ class World:
             del found[KEYS.alive(f"n{node}")]
         for service in self.services:
             found |= _records(service)
+        for number, policy in enumerate(self.policies):
+            found[KEYS.policy(f"p{number}")] = _policy(f"p{number}", policy)
         items = enumerate(found.items(), 1)
         return Snapshot(tuple(records.item(k, v, created) for created, (k, v) in items), 1000)
 
@@ -161,6 +188,20 @@ def _records(service: Service) -> Iterator[tuple[str, Record]]:
         yield from records.task(name, task, one.node, 0, **more).items()
         told = {"healthy": not one.unhealthy, "address": service.addresses(index)[0]}
         yield from records.health(name, task, one.node, 0, **told).items()  # type: ignore[arg-type]
+
+
+def _policy(name: str, policy: Policy) -> Record:
+    return {"name": name, "podSelector": _selector(policy.service), "ingress": [
+        {"from": [*({"ipBlock": {"cidr": cidr, "except": less}} for cidr, less in rule.blocks),
+                  *({"podSelector": _selector(name)} for name in rule.services)],
+         "ports": [{"protocol": protocol.name, "port": first, "endPort": last}
+                   for protocol, first, last in rule.ports]}
+        for rule in policy.rules
+    ]}  # fmt: skip
+
+
+def _selector(service: str | None) -> Record:
+    return {} if service is None else {"matchLabels": {"service": service}}
 
 
 def _check(service: Service) -> Record | None:
@@ -233,22 +274,48 @@ def services(draw: st.DrawFn, number: int) -> Service:
     )
 
 
+def _rules() -> st.SearchStrategy[Rule]:
+    return st.builds(
+        Rule,
+        blocks=st.lists(st.sampled_from(BLOCKS), max_size=2).map(tuple),
+        services=st.lists(st.sampled_from(("s1", "s2")), max_size=1).map(tuple),
+        ports=st.lists(
+            st.tuples(st.sampled_from(Protocol), st.sampled_from((1, 79, 80)),
+                      st.sampled_from((80, 81, 4711))),
+            max_size=2,
+        ).map(tuple),
+    )  # fmt: skip
+
+
+def _policies() -> st.SearchStrategy[tuple[Policy, ...]]:
+    """Often none at all."""
+    each = st.builds(
+        Policy,
+        service=st.sampled_from(("s1", "s1", "s2", None)),
+        rules=st.lists(_rules(), max_size=2).map(tuple),
+    )
+    return st.one_of(st.just(()), st.lists(each, max_size=3).map(tuple))
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     count = draw(st.integers(1, 4))
     found = tuple(draw(services(number)) for number in range(1, count + 1))
-    return World(found, draw(_dead()))
+    return World(found, draw(_dead()), draw(_policies()))
 
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[World, World]:
-    """A world and what becomes of it: other replicas and nodes, or other allow lists."""
+    """A world and what becomes of it: other replicas and nodes, allow lists, or policies."""
     before = draw(worlds())
-    if draw(st.booleans()):
+    what = draw(st.sampled_from(("lists", "policies", "scale", "scale")))
+    if what == "policies":
+        return before, replace(before, policies=draw(_policies()))
+    if what == "lists":
         lists = tuple(replace(each, allow=draw(_allowed())) for each in before.services)
-        return before, World(lists, before.dead)
+        return before, replace(before, services=lists)
     scaled = tuple(replace(each, replicas=draw(_all_replicas())) for each in before.services)
-    return before, World(scaled, draw(_dead()))
+    return before, replace(before, services=scaled, dead=draw(_dead()))
 
 
 # ---- packets
@@ -282,7 +349,11 @@ def _questions(world: World, family: int) -> Iterator[Packet]:
     for protocol, port in product(Protocol, sorted(ports)):
         for entry, sources, targets in (
             (Entry.OUTSIDE, outsiders, (*here, *peers, *vips, *replicas[:2])),
-            (Entry.CONTAINER, (container(HERE, 250)[family], *local[:2]), (*here, *peers, *vips)),
+            (
+                Entry.CONTAINER,
+                (container(HERE, 250)[family], *local[:2]),
+                (*here, *peers, *vips, *local[:1]),
+            ),
             (Entry.NODE, (*own, loopback), (*here, *peers, *vips, loopback)),
             (Entry.OVERLAY, (container(2, 250)[family], peers[1]), (*here, *vips, *local[:1])),
             (Entry.STEERING, (*outsiders, container(2, 250)[family]), (*replicas[:3], own[0])),

@@ -7,7 +7,7 @@ client affinity is defined by.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from mesh.rules import slots
 from mesh.rules.forwarding import Backend
 from mesh.rules.trace import Entry, Packet, Verdict
 from tests.support import drawn
-from tests.support.drawn import CLUSTER, HERE, Port, Service, World
+from tests.support.drawn import CLUSTER, HERE, Port, Rule, Service, World
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,6 +38,16 @@ class Expected:
     shares: Mapping[str, Fraction]
     sticky: bool = False
     kept: bool = True
+    closed: frozenset[str] = frozenset()
+    """Those of the backends that policies do not let the client in to."""
+
+    @property
+    def verdicts(self) -> set[Verdict]:
+        """What may become of it."""
+        found = {Verdict.REFUSED} if self.closed else set[Verdict]()
+        return (
+            found if self.closed and self.shares.keys() <= self.closed else found | {self.verdict}
+        )
 
 
 PASSED = Expected(Verdict.PASSED, {})
@@ -46,6 +56,51 @@ DROPPED = Expected(Verdict.DROPPED, {})
 
 
 def expected(packet: Packet, world: World) -> Expected:
+    found = _unguarded(packet, world)
+    if packet.entry is Entry.NODE:
+        return found  # a node reaches its replicas
+    if found.verdict is Verdict.PASSED:
+        return REFUSED if _is_closed(packet, packet.destination, packet.port, world) else found
+    closed = set()
+    for target in found.shares:
+        host, _, port = target.rpartition(":")
+        if _is_closed(packet, host.strip("[]"), int(port), world):
+            closed.add(target)
+    return replace(found, closed=frozenset(closed))
+
+
+def _is_closed(packet: Packet, host: str, port: int, world: World) -> bool:
+    """Whether policies keep the packet from a replica of this node."""
+    owners = {
+        address: service.name
+        for service in world.services
+        for index, one in enumerate(service.replicas)
+        for address in service.addresses(index)
+        if one.node == HERE
+    }
+    selecting = [p for p in world.policies if host in owners and p.service in (None, owners[host])]
+    if not selecting or packet.source == host:
+        return False
+    return not any(_opens(r, packet, port, world) for policy in selecting for r in policy.rules)
+
+
+def _opens(rule: Rule, packet: Packet, port: int, world: World) -> bool:
+    spans = [(first, last) for protocol, first, last in rule.ports if protocol is packet.protocol]
+    if rule.ports and not any(first <= port <= last for first, last in spans):
+        return False
+    return (
+        not (rule.blocks or rule.services)
+        or any(_in(packet.source, (c,)) and not _in(packet.source, x) for c, x in rule.blocks)
+        or any(
+            packet.source in service.addresses(index)
+            for service in world.services
+            if service.name in rule.services
+            for index in range(len(service.replicas))
+        )
+    )
+
+
+def _unguarded(packet: Packet, world: World) -> Expected:
     family = address.family_of(packet.destination)
     ours, vips = CLUSTER.prefixes(family), CLUSTER.vips(family)
     if packet.entry is Entry.OUTSIDE and _in(packet.destination, ours):
