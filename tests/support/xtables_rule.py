@@ -120,6 +120,11 @@ def _equals(name: str, words: Iterator[str]) -> Match:
     return lambda flow, _sets: str(getattr(flow, name)) == wanted
 
 
+def _ports(words: Iterator[str]) -> Match:
+    first, _, last = next(words).partition(":")
+    return lambda flow, _sets: int(first) <= flow.port <= int(last or first)
+
+
 def _protocol(words: Iterator[str]) -> Match:
     wanted = next(words)
     return lambda flow, _sets: flow.protocol.value == wanted
@@ -204,7 +209,7 @@ _MATCHES: Final[dict[tuple[str, str], Callable[[Iterator[str]], Match]]] = {
     ("", "-s"): partial(_within, "source"),
     ("", "-d"): partial(_within, "destination"),
     ("", "-p"): _protocol,
-    ("", "--dport"): partial(_equals, "port"),
+    ("", "--dport"): _ports,
     ("", "--tcp-flags"): _flags,
     ("", "--icmp-type"): _never,
     ("", "--icmpv6-type"): _never,
