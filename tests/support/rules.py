@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import netns
 from mesh.model.cluster import Cluster
+from mesh.model.publish import Protocol
 from mesh.rules import elements, marks
 from mesh.rules.program import Devices, Parameters
 
@@ -61,6 +62,19 @@ def _fields(parts: tuple[Part, ...], number: int) -> bytes:
     return b"".join(_field(part, number) for part in parts)
 
 
+def _of_policies(spec: SetSpec, number: int) -> Elements:
+    """Guards, doors and grants are numbers above a length."""
+    data = elements.mark_bytes(number << elements.ID_SHIFT)
+    if spec.name == "doors":
+        bits = elements.PORT_BITS[number % len(elements.PORT_BITS)]
+        port = number << 12 & 0xFFFF0000 >> bits & 0xFFFF
+        return {elements.door_key(number, tuple(Protocol)[number % 3], port, bits): data}
+    if spec.name.startswith("grants"):
+        host = f"10.{number % 256}.0.0" if spec.name.endswith("4") else f"fd00:{number}::"
+        return {elements.grant_key(number, host, 16 if ":" not in host else 32): b""}
+    return {(spec.name, _fields(spec.key, number)): data}
+
+
 def samples(spec: SetSpec, count: int, layout: Layout = marks.DEFAULT) -> Elements:
     """`count` different elements of a set."""
     found: Elements = {}
@@ -68,6 +82,9 @@ def samples(spec: SetSpec, count: int, layout: Layout = marks.DEFAULT) -> Elemen
         if spec.name.startswith("allow"):
             subnet = f"10.{number}.0.0/16" if spec.name.endswith("4") else f"fd00:{number}::/32"
             found[elements.allow_key(layout.id_bits(1), subnet, layout)] = b""
+            continue
+        if spec.name in elements.POLICIES:
+            found |= _of_policies(spec, number)
             continue
         found[spec.name, _fields(spec.key, 4 * number)] = _fields(spec.data, number)
     return found
