@@ -1,0 +1,102 @@
+"""Policies in a cluster: on every way to a replica, whoever asks, through whichever node.
+
+One lab of two nodes: a1 is the replica that a policy selects, k1 on its bridge and k2 on the other
+node ask.  The policy lets in k2, of the service `friends`, and the client c1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.support.cluster import PORT, Cluster, cluster, ingress, put, withdraw
+from tests.support.requests import REFUSED, Answer, Outcome, ask_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tests.support.requests import Ask
+
+pytestmark = pytest.mark.cluster
+
+WEB: Final = 8080
+LET_IN: Final = ("k2", "c1", "n1", "a1")
+OTHERS: Final = ("k1", "c2", "n2")
+
+
+@pytest.fixture(scope="module", params=("nftables", "iptables-nft", "iptables-legacy"))
+def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    replicas = (("a1", "n1"), ("k1", "n1"), ("k2", "n2"))
+    with cluster("policies", 2, *replicas, backend=request.param) as made:
+        asyncio.run(_furnish(made))
+        yield made
+
+
+async def _furnish(mesh: Cluster) -> None:
+    mesh.service("web", *ingress(WEB))
+    mesh.task("web", "a1")
+    mesh.service("friends", labels={"kind": "friend"})
+    mesh.task("friends", "k2")
+    await mesh.allocated("web", "friends")
+
+
+def policy(mesh: Cluster) -> dict[str, object]:
+    blocks = [f"{a}/{128 if ':' in a else 32}" for a in mesh.addresses("c1")]
+    peers = [{"podSelector": {"matchLabels": {"kind": "friend"}}}]
+    return {
+        "name": "web",
+        "podSelector": {"matchLabels": {"service": "web"}},
+        "ingress": [
+            {"from": [*peers, *({"ipBlock": {"cidr": cidr}} for cidr in blocks)]},
+            {"ports": [{"protocol": "SCTP"}]},
+        ],
+    }
+
+
+def asks(mesh: Cluster, names: Iterable[str]) -> list[Ask]:
+    """By every way: clients by both nodes, others by VIP, by the replica's address, too."""
+    nodes = [a for node in ("n1", "n2") for a in mesh.addresses(node)]
+    found = []
+    for name in names:
+        found += mesh.asks([name], nodes, WEB)
+        if name not in ("c1", "c2"):
+            found += mesh.asks([name], mesh.vips("web"), PORT)
+        if name not in ("c1", "c2", "a1"):
+            found += mesh.asks([name], mesh.containers["a1"].addresses, PORT)
+    return found
+
+
+async def told(mesh: Cluster, *names: str) -> dict[Ask, Outcome]:
+    found = asks(mesh, names)
+    return dict(zip(found, await ask_all(found), strict=True))
+
+
+async def test_a_policy_holds_on_every_way(mesh: Cluster) -> None:
+    everybody = await told(mesh, *LET_IN, *OTHERS)
+    assert {one: said for one, said in everybody.items() if not isinstance(said, Answer)} == {}
+
+    put(mesh, "policies/web", policy(mesh))
+    await mesh.settled()
+    welcome, others = await told(mesh, *LET_IN), await told(mesh, *OTHERS)
+    await withdraw(mesh, "policies/web")
+    after = await told(mesh, *OTHERS)
+
+    assert {one: said for one, said in welcome.items() if not isinstance(said, Answer)} == {}
+    assert {one: said for one, said in others.items() if said != REFUSED} == {}
+    assert {one: said for one, said in after.items() if not isinstance(said, Answer)} == {}
+
+
+async def test_a_policy_follows_the_tasks(mesh: Cluster) -> None:
+    put(mesh, "policies/web", policy(mesh))
+    mesh.task("friends", "k1")
+    await mesh.settled()
+    friend = await told(mesh, "k1")
+    mesh.untask("friends", "k1")
+    await mesh.settled()
+    stranger = await told(mesh, "k1")
+    await withdraw(mesh, "policies/web")
+
+    assert {one: said for one, said in friend.items() if not isinstance(said, Answer)} == {}
+    assert {one: said for one, said in stranger.items() if said != REFUSED} == {}
