@@ -169,10 +169,15 @@ def door_key(guard: int, protocol: Protocol, port: int, bits: int) -> ElementKey
     return "doors", head + PROTO_BYTES[protocol] + port_bytes(port)
 
 
+def grant_head(grant: int, length: int) -> bytes:
+    """What the prefixes of one length that a grant lets in have in common."""
+    return mark_bytes(grant << ID_SHIFT | length)
+
+
 def grant_key(grant: int, host: str, length: int) -> ElementKey:
     """A prefix that a grant lets in."""
     family = Family.V6 if ":" in host else Family.V4
-    return f"grants{family.suffix}", mark_bytes(grant << ID_SHIFT | length) + address.packed(host)
+    return f"grants{family.suffix}", grant_head(grant, length) + address.packed(host)
 
 
 def grant_range(key: ElementKey) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
-from mesh.model.address import family_of
+from mesh.model.address import FAMILIES, family_of
 from mesh.rules import elements
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ def lower(found: Guards, numbers: Numbers) -> Elements:
 
 
 def _lower_grant(made: Elements, grant: Grant, number: int) -> None:
-    for host in grant.hosts:
-        made[elements.grant_key(number, host, family_of(host).bits)] = b""
+    names = [(f"grants{f.suffix}", elements.grant_head(number, f.bits)) for f in FAMILIES]
+    for host in grant.hosts:  # there may be as many as tasks in the cluster
+        name, head = names[":" in host]
+        made[name, head + address.packed(host)] = b""
     for prefix in grant.prefixes:
         for part in address.cut(prefix, elements.PREFIX_LENGTHS[family_of(prefix)]):
             host, _, length = part.partition("/")

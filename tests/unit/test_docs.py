@@ -39,7 +39,7 @@ def test_every_hook_of_the_program_is_told() -> None:
     built = program.build(rules.PARAMETERS)
     base = r"^ chain (\w+) \{\n  type (\w+) hook (\w+) priority (-?\d+);"
 
-    hooks = set(re.findall(base, built.inet, re.MULTILINE))
+    hooks = set(re.findall(base, built.inet + built.guard, re.MULTILINE))
     hooks |= {
         (f"{name} of bridge mesh", *rest)
         for name, *rest in re.findall(base, built.bridge, re.MULTILINE)
