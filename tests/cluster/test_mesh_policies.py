@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mesh.model.publish import Protocol
 from tests.support.cluster import PORT, Cluster, cluster, ingress, put, withdraw
 from tests.support.requests import REFUSED, Answer, Outcome, ask_all
 
@@ -69,7 +70,19 @@ def asks(mesh: Cluster, names: Iterable[str]) -> list[Ask]:
 
 
 async def told(mesh: Cluster, *names: str) -> dict[Ask, Outcome]:
-    found = asks(mesh, names)
+    return await outcomes(asks(mesh, names))
+
+
+def heard(mesh: Cluster, asks: Iterable[Ask]) -> list[Ask]:
+    """Those whose refusal the client hears: with iptables not ICMP by way of another node, whose
+    strict rp_filter does not like the replica's node as its source.
+    """
+    by_iptables = "iptables" in mesh.records.get("applied/n1")["backend"]
+    mute = [(mesh.netns("c2"), address) for address in mesh.addresses("n2")] if by_iptables else []
+    return [a for a in asks if a.protocol is Protocol.TCP or (a.netns, a.address) not in mute]
+
+
+async def outcomes(found: list[Ask]) -> dict[Ask, Outcome]:
     return dict(zip(found, await ask_all(found), strict=True))
 
 
@@ -79,7 +92,8 @@ async def test_a_policy_holds_on_every_way(mesh: Cluster) -> None:
 
     put(mesh, "policies/web", policy(mesh))
     await mesh.settled()
-    welcome, others = await told(mesh, *LET_IN), await told(mesh, *OTHERS)
+    welcome = await told(mesh, *LET_IN)
+    others = await outcomes(heard(mesh, asks(mesh, OTHERS)))
     await withdraw(mesh, "policies/web")
     after = await told(mesh, *OTHERS)
 
