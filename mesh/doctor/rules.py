@@ -15,8 +15,9 @@ from mesh.engine import backend
 from mesh.errors import CommandFailed, HostNotReady, MeshError, NotFound
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
-from mesh.rules import nft
+from mesh.rules import guards, nft
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
+from mesh.rules.guards import Door, Grant, Guard, Guards, Numbers
 from mesh.rules.ids import Ids
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ def _sample(parameters: Parameters) -> Elements:
     ids = Ids(parameters.layout)
     found = nft.lower(Forwarding("random", port, replicas, allow=("192.0.2.0/24",)), ids)
     found |= nft.lower(Forwarding("affine", other, replicas, Affinity.CLIENT_IP), ids)
+    door = Door(Protocol.TCP, 80, 95, "grant")
+    guard, grant = Guard("guard", ("10.0.1.2",), (door,)), Grant("grant", ("192.0.2.0/24",), ())
+    found |= guards.lower(Guards((guard,), (grant,)), Numbers())
     return (
         found
         | nft.lower_peer(parameters.network, parameters.layout)
