@@ -315,11 +315,11 @@ class _Walk:
 
     def _route(self, *, inward: bool) -> None:
         host = address.unpacked(self.flow.destination)
-        self.flow.local = self.place.is_local(host)
         self.flow.oif = "" if inward else self.place.route(host, self.flow.mark)
 
     def _hook(self, hook: str) -> Ending | None:
         for base in self.loaded.hooked(hook):
+            self.flow.local = self.place.is_local(address.unpacked(self.flow.destination))
             if base.kind == "nat" and not self.flow.tracked:
                 continue
             verdict = self._chain(base.chain)

@@ -69,6 +69,18 @@ def world(request: pytest.FixtureRequest) -> Iterator[OneNode]:
         yield made
 
 
+def test_an_address_of_the_node_is_not_its_replica_s_alone(world: OneNode) -> None:
+    """Or a policy for a task of the host's network would shut the host."""
+    node = Labelled("n1", ADDRESSES["node"], {"service": "c1"})
+    shut = schema.parse_policy("/mesh/policies/p", b'{"name": "p", "podSelector": {}}')
+    world.servers.start("node", "node", SERVER_PORT)
+
+    world.publish(_forwardings(), plan([shut], [node], "n1"))
+
+    for address in ADDRESSES["node"]:
+        assert ask("client", Protocol.TCP, address, SERVER_PORT).startswith("node ")
+
+
 def install(world: OneNode, *ingress: str) -> None:
     world.publish(_forwardings(), guards(*ingress))
 
