@@ -16,6 +16,7 @@ from mesh.model.address import FAMILIES
 from mesh.model.cluster import Cluster
 from mesh.model.view import HostClaim
 from mesh.rules import nft
+from mesh.rules.guards import Guards
 from mesh.rules.program import Devices, Parameters
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Published:
         """There are no nodes."""
         del layout
         return {}
+
+    def guards(self) -> Guards:
+        """Nor policies."""
+        return Guards()
 
 
 def _claims(publication: Publication) -> Iterable[HostClaim]:
