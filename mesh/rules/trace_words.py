@@ -141,12 +141,25 @@ def questions(looks: Iterable[Look], flow: Flow) -> str:
 
 def _key(look: Look, layout: Layout) -> str:
     """Marks in the words of what they stand for."""
+    if look.name in elements.POLICIES - elements.GUARDED:
+        return _of_policy(look.key)
     if stem(look.name) not in ("limited", "sizes"):
         return look.key
     mark = layout.parse(int(look.key, 0))
     if look.name == "limited":
         return f"frontend {mark.id}"
     return f"{mark.slots}{' by client address' if mark.hashed else ''}"
+
+
+def _of_policy(key: str) -> str:
+    """A prefix, or a block of ports, whose length stands below a number: "0:218 . 10.0.2.0"."""
+    head, _, rest = key.partition(" . ")
+    length = int(head.rpartition(":")[2], 16) & (1 << elements.ID_SHIFT) - 1
+    if " . " not in rest:
+        return f"{rest}/{length}"
+    protocol, _, port = rest.partition(" . ")
+    last = int(port) + (1 << 16 - length) - 1
+    return f"{port}/{protocol}" if last == int(port) else f"{port}-{last}/{protocol}"
 
 
 def brief(rule: Rule, outcome: Outcome) -> str:

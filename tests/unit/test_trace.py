@@ -19,6 +19,7 @@ from mesh.model.publish import Protocol
 from mesh.model.service import Affinity, Source
 from mesh.rules import (
     elements,
+    guards,
     jhash,
     marks,
     nft,
@@ -32,6 +33,7 @@ from mesh.rules import (
     xtables,
 )
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
+from mesh.rules.guards import Door, Grant, Guard, Guards, Numbers
 from mesh.rules.ids import Ids
 from mesh.rules.trace import Entry, Packet, Path, Place, Verdict
 from tests.support import rules
@@ -337,3 +339,27 @@ def test_a_walk_can_be_shown_and_sent() -> None:
     assert {step["where"] for step in document["steps"]} >= {"services", "dispatch"}
     assert f"VIP {VIP} . tcp . 80" in shown
     assert "hairpin" in shown
+
+
+def test_a_policy_is_told_as_the_reason() -> None:
+    door = Door(TCP, 80, 80, "grant")
+    guarded = Guards(
+        (Guard("guard", (LOCAL, SIBLING), (door,)),), (Grant("grant", (), ("10.0.2.9",)),)
+    )
+    held = {**WORLD.elements, **guards.lower(guarded, Numbers())}
+    world = replace(WORLD, elements=held)
+
+    friend = trace.walk(syn("10.0.2.9", LOCAL, 80, Entry.OVERLAY), world)
+    stranger = trace.walk(syn("10.0.2.8", LOCAL, 80, Entry.OVERLAY), world)
+    elsewhere = trace.walk(syn("10.0.2.9", LOCAL, 81, Entry.OVERLAY), world)
+    answers = trace.walk(syn("10.0.2.8", VIP, 80, Entry.OVERLAY), world).answers
+
+    assert friend.verdict is Verdict.PASSED
+    assert (stranger.verdict, elsewhere.verdict) == (Verdict.REFUSED, Verdict.REFUSED)
+    assert "lets this source connect" in stranger.ending.reason
+    assert "none opens this port" in elsewhere.ending.reason
+    assert "source that it lets in 10.0.2.0/28" in {step.what for step in stranger.steps}
+    assert {str(a.target): a.ending.verdict for a in answers} == {
+        f"{LOCAL}:80": Verdict.REFUSED,
+        f"{REMOTE}:80": Verdict.FORWARDED,
+    }
