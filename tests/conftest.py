@@ -1,14 +1,18 @@
 """All tests run in namespaces of their own: nothing they do can reach this machine's network.
 
 Without root the same is done inside a user namespace.  The process tree lives in its own PID
-namespace, so nothing survives the run, even when it is killed.
+namespace, so nothing survives the run, even when it is killed.  With `-n` every worker has such
+namespaces to itself, so tests that run at the same time are as far apart as on two machines.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -16,28 +20,46 @@ from hypothesis import settings
 settings.register_profile("mesh", deadline=None)  # this machine may be busy with others
 settings.load_profile("mesh")
 
-_MARK = "MESH_TEST_NAMESPACES"
-_SETUP = (
-    "mount --make-rprivate / && mount -t tmpfs tmpfs /run && mkdir -p /run/lock /run/netns && "
-    "mount -t proc proc /proc && ip link set lo up && "
-    'exec "$@"'
-)
+_MARK: Final = "MESH_TEST_NAMESPACES"
+_APART: Final = Path(__file__).with_name("support") / "apart"
+
+_LONGEST_FIRST: Final = ("cluster", "netns", "contract", "scenarios", "unit")
+"""Directories in this order end all workers together; in any other they only end later."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get(_MARK) == "1" or config.option.collectonly:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's way of ignoring it is inherited
+    if config.option.collectonly:
         return
+    if os.environ.get(_MARK) != "1":
+        _start_apart(config)
+    # What nohup, or a shell in the background, ignores is inherited by all that tests start.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.option.numprocesses:
+        worker = shlex.join((str(_APART), sys.executable))
+        config.option.tx = [f"popen//python={worker}"] * len(config.option.tx)
+        config.option.dist = "loadfile"  # a module's fixtures are made once
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort what workers share out by length; the order within a directory remains random."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    (room, *_) = item.path.relative_to(Path(__file__).parent).parts
+    return _LONGEST_FIRST.index(room)
+
+
+def _start_apart(config: pytest.Config) -> None:
+    """Become the same program in namespaces of its own."""
     os.environ[_MARK] = "1"
     capture = config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
     capture.stop_global_capturing()  # else what runs next would print into the capture file
-    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    os.execvp(
-        "unshare",
-        [
-            "unshare", *user, "--net", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--",
-            "sh", "-c", _SETUP, "sh", *sys.orig_argv,
-        ],
-    )  # fmt: skip
+    os.execv(_APART, (str(_APART), *sys.orig_argv))
