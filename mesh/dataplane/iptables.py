@@ -125,6 +125,13 @@ class IptablesDriver:
         await asyncio.sleep(settle)
         return Tampering(found.what, found.by)
 
+    def knows_contents(self) -> bool:
+        """Whether `tampered` has looked at all there is since the last change of our own.
+
+        What is edited in place before that is noticed by a routine check.
+        """
+        return self._watch is not None and self._watch.knows_contents()
+
     async def read(self) -> Elements:
         """Every element the host holds.  Raises NotFound if chains or sets are gone or damaged."""
         async with self._lock:

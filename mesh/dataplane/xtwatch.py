@@ -95,6 +95,10 @@ class _Contents:
         self._cost = self._taken - began
         return self._suspicion if before not in (None, self._digest) else None
 
+    def is_known(self) -> bool:
+        """Whether the next comparison would tell of a change."""
+        return self._digest is not None
+
     def forget(self) -> None:
         """Take what there is by the next comparison as known."""
         self._digest = None
@@ -211,6 +215,10 @@ class XtablesWatch:
         self._sizes = self._tables.sizes() if self._tables is not None else ()
         for each in self._contents:
             each.forget()
+
+    def knows_contents(self) -> bool:
+        """Whether an edit that leaves every size alone would be told of."""
+        return all(each.is_known() for each in self._contents)
 
     def close(self) -> None:
         """Stop looking."""

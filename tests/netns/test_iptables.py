@@ -20,6 +20,7 @@ from mesh.rules import elements, marks, nft, xtables, xtables_pools
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
 from tests.support import rules
+from tests.support.containers import until
 from tests.support.echo import ask
 from tests.support.onenode import ADDRESSES, CONTAINERS, CROWD, SERVER_PORT, OneNode, one_node
 
@@ -164,7 +165,7 @@ async def test_an_edit_that_leaves_every_size_alone_is_noticed_each_time(
     before = chains(flavour)
     for _ in range(3):
         told = asyncio.create_task(driver.tampered(0))
-        await asyncio.sleep(1)  # contents are compared with those of an earlier look
+        await until(driver.knows_contents)
 
         sh(*damage.format(flavour).split())
         async with asyncio.timeout(20):
