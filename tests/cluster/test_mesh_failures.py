@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
 from tests.support.requests import Answer, again, ask_all, held, replicas, stream
+from tests.support.watched import watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +55,7 @@ def everything(mesh: Cluster) -> list[Ask]:
 async def test_forwarding_goes_on_without_etcd_and_catches_up(mesh: Cluster) -> None:
     agents = [node.agent_pid for node in mesh.nodes]
 
-    with mesh.watched("n1") as changes:
+    with watched(mesh, "n1") as changes:
         async with held(everything(mesh)) as first, stream(everything(mesh)) as traffic:
             await mesh.kill("etcd")
             await traffic.more(2 * CYCLE)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.support.cluster import PORT, Cluster, cluster, frontends, ingress, put, until, withdraw
+from tests.support.cluster import PORT, Cluster, cluster, ingress, put, until, withdraw
 from tests.support.requests import REFUSED, replicas, stream
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def mesh() -> Iterator[Cluster]:
     with cluster("hostile", 2, ("a1", "n1"), ("a2", "n1"), ("b1", "n2")) as made:
         asyncio.run(_furnish(made))
         yield made
+
+
+def frontends(mesh: Cluster) -> list[dict[str, str]]:
+    """What every node's kernel has of the services' frontends."""
+    return [mesh.elements(node.name, "vips", "meshports", "known") for node in mesh.nodes]
 
 
 async def _furnish(mesh: Cluster) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from mesh.agent import config
-from mesh.lab import client, control, wire
+from mesh.lab import client, control, readiness, wire
 from mesh.model.cluster import Cluster as Mesh
 from mesh.model.publish import Protocol
 from mesh.rules.program import Devices, Parameters
@@ -40,6 +40,13 @@ LIMIT: Final = 60.0
 
 _PATIENCE: Final = 5.0
 """Seconds until one of many tries is given up."""
+
+_SYSCTLS: Final = (
+    "ipv4.icmp_ratelimit=0",
+    "ipv6.icmp.ratelimit=0",
+    "netfilter.nf_conntrack_udp_timeout=120",
+)
+"""Every refused datagram is answered, not one a second; flows outlive what slow machines need."""
 
 REPLICA: Final = (sys.executable, "-m", "mesh.lab.replica", "--udp")
 
@@ -290,29 +297,6 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr or done.stdout}"
         return done.stdout
 
-    @contextmanager
-    def watched(self, node: str) -> Iterator[list[str]]:
-        """What becomes of a node's rules during a block: nft's lines, complete after it."""
-        lines: list[str] = []
-        argv = ("nsenter", f"--net={self.netns(node)}", "--", "nft", "monitor")
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as monitor:
-            try:
-                yield lines
-            finally:
-                marked = self._mark(node)
-                assert monitor.stdout is not None
-                for line in monitor.stdout:
-                    if marked in line:
-                        break
-                    lines.append(line.strip())
-                monitor.kill()
-
-    def _mark(self, node: str) -> str:
-        """Do something that `watched` sees; what it looks like."""
-        self.sh(node, "nft", "add", "table", "inet", "end-of-watch")
-        self.sh(node, "nft", "delete", "table", "inet", "end-of-watch")
-        return "end-of-watch"
-
     def configure(self, node: str, **changed: object) -> None:
         """Change a node's configuration; its next agent reads it."""
         path = Path(self.node(node).config)
@@ -332,31 +316,37 @@ def cluster(
     *containers: tuple[str, str],
     backend: str = "auto",
     layouts: Mapping[str, Layout] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> Iterator[Cluster]:
     """A lab of one's own with replicas, given as (id, node); gone after the block.
 
-    `layouts` are what some nodes keep in marks.
+    `layouts` are what some nodes keep in marks, `settings` what the cluster's record says.
     """
     own = client.launch(name, nodes, (), backend)
     try:
-        yield asyncio.run(_formed(own, containers, layouts or {}))
+        yield asyncio.run(_formed(own, containers, layouts or {}, settings or {}))
     finally:
         asyncio.run(own.end())
 
 
 async def _formed(
-    own: client.OwnLab, containers: Sequence[tuple[str, str]], layouts: Mapping[str, Layout]
+    own: client.OwnLab,
+    containers: Sequence[tuple[str, str]],
+    layouts: Mapping[str, Layout],
+    settings: Mapping[str, object],
 ) -> Cluster:
     await own.built()
-    built = Cluster(own, gateway.Records(""), await own.status())
-    for name, layout in layouts.items():
-        built.configure(name, marks=marks_of(layout))
-    await own.form()
     status = await own.status()
     made = Cluster(own, gateway.Records(status.etcd), status)
-    for node in made.nodes:  # else the kernel answers one refused datagram a second
-        made.sh(node.name, "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
-        made.sh(node.name, "sysctl", "-qw", "net.ipv6.icmp.ratelimit=0")
+    for name, layout in layouts.items():
+        made.configure(name, marks=marks_of(layout))
+    async with client.open_store(status.etcd) as store:
+        await readiness.initialise(store, LIMIT)
+    put(made, "cluster", {**made.records.get("cluster"), **settings})
+    await own.form()
+    await made.refresh()
+    for node in made.nodes:
+        made.sh(node.name, "sysctl", "-qwe", *(f"net.{each}" for each in _SYSCTLS))
     await made.start(*containers)
     return made
 
@@ -393,8 +383,3 @@ async def withdraw(mesh: Cluster, *keys: str) -> None:
     for key in keys:
         mesh.revision = mesh.records.delete(key)
     await mesh.settled()
-
-
-def frontends(mesh: Cluster) -> list[dict[str, str]]:
-    """What every node's kernel has of the services' frontends."""
-    return [mesh.elements(node.name, "vips", "meshports", "known") for node in mesh.nodes]
