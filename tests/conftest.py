@@ -35,8 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
         _start_apart(config)
     # What nohup, or a shell in the background, ignores is inherited by all that tests start.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The first process of a PID namespace ignores what it has no handler for.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     if config.option.numprocesses:
         worker = shlex.join((str(_APART), sys.executable))
         config.option.tx = [f"popen//python={worker}"] * len(config.option.tx)
@@ -49,6 +50,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Sort what workers share out by length; the order within a directory remains random."""
     if hasattr(config, "workerinput"):
         items.sort(key=_rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(
+    report: pytest.CollectReport | pytest.TestReport, config: pytest.Config
+) -> tuple[str, str, str] | None:
+    """Name what failed at once: between the dots of several workers nobody could tell."""
+    if not report.failed or not config.option.numprocesses:
+        return None
+    category = "failed" if report.when == "call" else "error"
+    return category, f"\n{report.nodeid} {category}\n", category.upper()
 
 
 def _rank(item: pytest.Item) -> int:
