@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # The first process of a PID namespace ignores what it has no handler for.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    if config.option.numprocesses:
+    if config.getoption("numprocesses", None):
         worker = shlex.join((str(_APART), sys.executable))
         config.option.tx = [f"popen//python={worker}"] * len(config.option.tx)
         config.option.dist = "loadfile"  # a module's fixtures are made once
@@ -57,7 +57,7 @@ def pytest_report_teststatus(
     report: pytest.CollectReport | pytest.TestReport, config: pytest.Config
 ) -> tuple[str, str, str] | None:
     """Name what failed at once: between the dots of several workers nobody could tell."""
-    if not report.failed or not config.option.numprocesses:
+    if not report.failed or not config.getoption("numprocesses", None):
         return None
     category = "failed" if report.when == "call" else "error"
     return category, f"\n{report.nodeid} {category}\n", category.upper()

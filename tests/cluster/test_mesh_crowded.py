@@ -16,7 +16,7 @@ from mesh.model.address import nth
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.backends import World
-from tests.support.cluster import PORT, Cluster, cluster, ingress
+from tests.support.cluster import PORT, UNMISSED, Cluster, cluster, ingress
 from tests.support.requests import Ask, again, held, stream
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ FIRST_VIP: Final = 1000
 AT_ONCE: Final = 30
 """Services in one transaction of etcd, which takes 128 keys."""
 
-PATIENCE: Final = 120
-"""Seconds until others take the node for dead, and its UDP clients notice: on a busy machine an
-agent may take long to start."""
-
 CYCLE: Final = 60
 """Requests of every kind there is, about once."""
 
@@ -45,7 +41,7 @@ IDENTITY: Final = ("vips", "meshports", "targets", "known", "hairpin", "nodes", 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     placed = (("a1", "n1"), ("b1", "n2"), ("k1", "n1"))
-    with cluster("crowded", 2, *placed, settings={"livenessTtl": PATIENCE}) as made:
+    with cluster("crowded", 2, *placed, settings=UNMISSED) as made:
         asyncio.run(_furnish(made))
         yield World(made, NODE, "nftables")
 

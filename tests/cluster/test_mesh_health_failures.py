@@ -6,6 +6,7 @@ One lab of three nodes, whose replicas every test leaves well.
 from __future__ import annotations
 
 import signal
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -57,6 +58,8 @@ async def test_nothing_changes_while_etcd_is_away_and_comes_back(world: World) -
 async def test_a_node_takes_its_own_ill_replica_out_without_etcd(world: World) -> None:
     mesh = world.mesh
     through = mesh.from_outside(WEB, "n1")
+    before = world.told("a1")["since"]
+    await until(lambda: before < f"{datetime.now(UTC):%FT%TZ}", "a verdict of now is another one")
     await mesh.kill("etcd")
     with world.ill("a1"):
         await until_served(8 * through, {"b1"})
@@ -64,6 +67,9 @@ async def test_a_node_takes_its_own_ill_replica_out_without_etcd(world: World) -
     await mesh.start_again("etcd")
     await until(mesh.answers, "etcd is back")
     await mesh.settled()
+    await until(
+        lambda: world.told("a1").get("since", "") > before, "what was found meanwhile is told"
+    )
     await world.all_well()
 
 

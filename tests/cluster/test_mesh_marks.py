@@ -16,7 +16,7 @@ from mesh.dataplane import netns
 from mesh.dataplane.conntrack import Conntrack
 from mesh.model.publish import Protocol
 from mesh.rules import marks
-from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
+from tests.support.cluster import PORT, UNMISSED, Cluster, cluster, ingress, until, until_served
 from tests.support.hosts_own import HostsOwn, lost
 from tests.support.layouts import HIGH, LOW, RAGGED, marks_of
 from tests.support.requests import Answer, again, ask_all, held, stream
@@ -38,7 +38,8 @@ CLIENTS: Final = ("c1", "c2")
 @pytest.fixture(scope="module", params=("nftables", "iptables-nft", "iptables-legacy"))
 def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     placed = (("a1", "n1"), ("b1", "n2"), ("k3", "n3"))
-    with cluster("marks", 3, *placed, backend=request.param, layouts=LAYOUTS) as made:
+    backend = request.param
+    with cluster("marks", 3, *placed, backend=backend, layouts=LAYOUTS, settings=UNMISSED) as made:
         asyncio.run(_furnish(made))
         yield made
 

@@ -85,6 +85,12 @@ async def until_served(asks: Sequence[Ask], by: set[str]) -> None:
         raise AssertionError(f"served by {told}, not by {by}") from None
 
 
+UNMISSED: Final = {"livenessTtl": 120}
+"""Settings of a cluster whose nodes may be without an agent: on a crowded machine one takes long to
+start, and others would take the node for dead and move UDP flows.  Its leader is not missed, too.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Container:
     """A running replica; `addresses` are IPv4 and IPv6, `netns` its network namespace."""
