@@ -18,14 +18,16 @@ from mesh.store.protocol import (
     Delete,
     KeyValue,
     LeaseLost,
+    Part,
     Put,
     Snapshot,
     TransactionResult,
-    check_operations,
+    check_transaction,
+    grouped,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
 PAGE = 1000
 """Keys read at once: larger pages are hardly faster, and slow to come over a slow link."""
@@ -64,19 +66,21 @@ class EtcdStore:
         return bool(reply.deleted)
 
     async def transact(
-        self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
+        self,
+        conditions: Sequence[Compare],
+        operations: Sequence[Put | Delete],
+        parts: Sequence[Part] = (),
     ) -> TransactionResult:
         """See Store.transact."""
-        check_operations(operations)
+        check_transaction(conditions, operations, parts)
         if conditions and not self._connection.link().ready:
             # Finds an endpoint that answers, so that the transaction is not wasted on a dead one.
             await self._send(RANGE, key=conditions[0].key.encode(), keys_only=True)
-        request = TXN.request(
-            compare=[_condition(condition) for condition in conditions],
-            success=[_operation(operation) for operation in operations],
-        )
-        reply = await self._connection.send(TXN, request, repeatable=not conditions)
-        return TransactionResult(reply.succeeded, reply.header.revision)
+        groups = [_within(_transaction((), (), map(_part, each))) for each in grouped(parts)]
+        request = _transaction(conditions, operations, groups)
+        repeatable = not conditions and not parts
+        reply = await self._connection.send(TXN, request, repeatable=repeatable)
+        return TransactionResult(_is_done(reply), reply.header.revision)
 
     def watch(self, since: Mapping[str, int]) -> AsyncGenerator[Changes, None]:
         """See Store.watch."""
@@ -123,6 +127,30 @@ class EtcdStore:
                     break
                 start = page.kvs[-1].key + b"\0"
         return Snapshot(tuple(items), revision)
+
+
+def _transaction(
+    conditions: Iterable[Compare], operations: Iterable[Put | Delete], others: Iterable[Any] = ()
+) -> Any:
+    return TXN.request(
+        compare=[_condition(condition) for condition in conditions],
+        success=[*(_operation(operation) for operation in operations), *others],
+    )
+
+
+def _part(part: Part) -> Any:
+    return _within(_transaction(part.conditions, part.operations))
+
+
+def _within(transaction: Any) -> Any:
+    return etcd_messages.RequestOp(request_txn=transaction)
+
+
+def _is_done(reply: Any) -> bool:
+    """Whether the conditions of a transaction held, and of all within it."""
+    return reply.succeeded and all(
+        _is_done(each.response_txn) for each in reply.responses if each.HasField("response_txn")
+    )
 
 
 def _condition(condition: Compare) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from itertools import count
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 from mesh.errors import StoreUnavailable
@@ -20,11 +20,12 @@ from mesh.store.protocol import (
     Delete,
     KeyValue,
     LeaseLost,
+    Part,
     Put,
     Snapshot,
     TransactionResult,
     WatchLost,
-    check_operations,
+    check_transaction,
 )
 
 if TYPE_CHECKING:
@@ -91,16 +92,19 @@ class MemoryStore:
         return present
 
     async def transact(
-        self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
+        self,
+        conditions: Sequence[Compare],
+        operations: Sequence[Put | Delete],
+        parts: Sequence[Part] = (),
     ) -> TransactionResult:
         """See Store.transact."""
         await self._answer()
-        check_operations(operations)
-        for condition in conditions:
-            item = self._items.get(condition.key)
-            if (item.mod_revision if item else 0) != condition.revision:
-                return TransactionResult(False, self._revision)
-        return TransactionResult(True, self._commit(operations))
+        check_transaction(conditions, operations, parts)
+        if not self._hold(conditions):
+            return TransactionResult(False, self._revision)
+        done = [part.operations for part in parts if self._hold(part.conditions)]
+        revision = self._commit([*operations, *chain.from_iterable(done)])
+        return TransactionResult(len(done) == len(parts), revision)
 
     async def watch(self, since: Mapping[str, int]) -> AsyncGenerator[Changes, None]:
         """See Store.watch."""
@@ -191,6 +195,11 @@ class MemoryStore:
         await asyncio.sleep(0)  # as over a network, others get their turn in between
         if not self._running:
             raise StoreUnavailable("the in-memory store is stopped; start it again")
+
+    def _hold(self, conditions: Sequence[Compare]) -> bool:
+        """Whether conditions do."""
+        items = ((self._items.get(each.key), each.revision) for each in conditions)
+        return all((item.mod_revision if item else 0) == revision for item, revision in items)
 
     def _check_kept(self, seen: int) -> None:
         if seen + 1 < self._compacted:

@@ -7,6 +7,7 @@ says `Compacted`.  Implementations raise StoreUnavailable when no endpoint answe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
 
 MAX_OPERATIONS: Final = 128
 """The most operations of one transaction: etcd's default `--max-txn-ops`."""
+
+MAX_BESIDE: Final = 32
+"""The most operations, or conditions, of a transaction that has parts, a group of parts among them.
+
+etcd takes transactions within transactions, and counts along a path: the longest list of each level
+is added up, and may be MAX_OPERATIONS together.
+"""
+
+MAX_GROUP: Final = 32
+"""Parts that travel as one group."""
+
+MAX_PART: Final = MAX_OPERATIONS - MAX_BESIDE - MAX_GROUP
+"""The most operations, or conditions, of a part."""
+
+MAX_BYTES: Final = 1_400_000
+"""Bytes of keys and values that one transaction surely takes: etcd's default `--max-request-bytes`
+is 1.5 MiB.
+"""
 
 
 class KeyValue(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -74,8 +93,15 @@ class Delete(NamedTuple):
     key: str
 
 
+class Part(NamedTuple):
+    """Some of a large transaction's operations: done with it if their own conditions hold."""
+
+    conditions: tuple[Compare, ...]
+    operations: tuple[Put | Delete, ...]
+
+
 class TransactionResult(NamedTuple):
-    """Whether every condition held and the operations were done, and the store's revision."""
+    """Whether every condition held and all operations were done, and the store's revision."""
 
     succeeded: bool
     revision: int
@@ -120,12 +146,20 @@ class Store(Protocol):
         ...
 
     async def transact(
-        self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
+        self,
+        conditions: Sequence[Compare],
+        operations: Sequence[Put | Delete],
+        parts: Sequence[Part] = (),
     ) -> TransactionResult:
         """Do all `operations` at one revision if every condition holds, else nothing.
 
-        At most MAX_OPERATIONS, on different keys (ValueError).  Raises LeaseLost for an unknown
-        lease, and StoreUnavailable when the outcome is unknown: read before trying again.
+        At the same revision each of `parts` is done whose own conditions hold as well: so much
+        more fits, and only where somebody else wrote meanwhile a part is missing, as the result
+        says then.
+
+        At most MAX_OPERATIONS, or MAX_BESIDE next to parts of MAX_PART, on different keys
+        (ValueError).  Raises LeaseLost for an unknown lease, and StoreUnavailable when the outcome
+        is unknown: read before trying again.
         """
         ...
 
@@ -155,9 +189,25 @@ class Store(Protocol):
         ...
 
 
-def check_operations(operations: Sequence[Put | Delete]) -> None:
+def grouped(parts: Sequence[Part]) -> list[Sequence[Part]]:
+    """Parts as they travel."""
+    return [parts[start : start + MAX_GROUP] for start in range(0, len(parts), MAX_GROUP)]
+
+
+def check_transaction(
+    conditions: Sequence[Compare], operations: Sequence[Put | Delete], parts: Sequence[Part] = ()
+) -> None:
     """Raises ValueError for a transaction that etcd would refuse."""
-    if len(operations) > MAX_OPERATIONS:
-        raise ValueError(f"{len(operations)} operations; a transaction takes {MAX_OPERATIONS}")
-    if len({operation.key for operation in operations}) != len(operations):
+    groups = len(grouped(parts))
+    most = MAX_BESIDE if groups else MAX_OPERATIONS
+    if max(len(conditions), len(operations) + groups) > most:
+        raise ValueError(
+            f"{len(operations) + groups} operations, {len(conditions)} conditions; "
+            f"a transaction takes {most}"
+        )
+    for part in parts:
+        if max(map(len, part)) > MAX_PART:
+            raise ValueError(f"{len(part.operations)} operations; a part takes {MAX_PART}")
+    keys = [each.key for each in chain(operations, *(part.operations for part in parts))]
+    if len(set(keys)) != len(keys):
         raise ValueError("a transaction names a key twice")

@@ -10,6 +10,7 @@ import pytest
 
 from mesh.errors import StoreUnavailable
 from mesh.store.etcd_channel import EtcdOptions
+from mesh.store.protocol import Compare, Part, Put
 from tests.support.certificates import Authority
 from tests.support.etcd import Etcd, encoded, etcd
 from tests.support.stores import connected, following
@@ -86,6 +87,8 @@ async def test_a_user_may_do_what_its_role_allows_and_is_told_otherwise(guarded:
         await picture.shows({"/a/1": b"1"})
         with pytest.raises(StoreUnavailable, match="permission"):
             await store.put("/b/1", b"1")
+        part = Part((Compare("/a/2", 0),), (Put("/a/2", b"2"),))
+        assert (await store.transact([Compare("/a/3", 0)], [], [part])).succeeded
 
     for wrong in (
         EtcdOptions((guarded.url,), user="node", password="guess"),
