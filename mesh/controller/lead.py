@@ -100,11 +100,12 @@ async def _allocate(
         draft = Draft(picture)
         draft.fill()
         await asyncio.sleep(0)  # a full stint of decisions may well have nothing to write
-        if not draft.operations:
+        if not draft.size:
             continue
-        result = await store.transact([guard, *draft.conditions], draft.operations)
+        conditions = [guard, *draft.conditions]
+        result = await store.transact(conditions, draft.operations, draft.parts)
         if not result.succeeded:
-            LOG.warning("controller transaction=refused operations=%d", len(draft.operations))
+            LOG.warning("controller transaction=refused operations=%d", draft.size)
             return picture.specs()
         draft.committed(result.revision)
         refused(draft.refusals)

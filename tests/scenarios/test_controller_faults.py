@@ -19,7 +19,7 @@ from tests.support.stores import LIMIT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mesh.store.protocol import Compare, Delete, Put
+    from mesh.store.protocol import Compare, Delete, Part, Put
 
 
 @pytest.fixture
@@ -108,12 +108,15 @@ class Reluctant(MemoryStore):
     refuses = False
 
     async def transact(
-        self, conditions: Sequence[Compare], operations: Sequence[Put | Delete]
+        self,
+        conditions: Sequence[Compare],
+        operations: Sequence[Put | Delete],
+        parts: Sequence[Part] = (),
     ) -> TransactionResult:
         if self.refuses:
             self.refuses = False
             return TransactionResult(False, 0)
-        return await super().transact(conditions, operations)
+        return await super().transact(conditions, operations, parts)
 
 
 async def test_a_refused_transaction_is_decided_again_and_nothing_is_forgotten() -> None:
