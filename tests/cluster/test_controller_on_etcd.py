@@ -16,7 +16,7 @@ from mesh.store.etcd_channel import EtcdOptions
 from mesh.store.schema import encode
 from tests.support.allocations import CLUSTER, KEYS, Allocations, ingress
 from tests.support.etcd import Etcd, etcd
-from tests.support.stores import eventually, running
+from tests.support.stores import LIMIT, eventually, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -67,6 +67,28 @@ async def test_a_successor_keeps_what_was_given(world: Allocations) -> None:
 
 async def _leads(election: Election) -> bool:
     return election.leading
+
+
+async def test_whenever_a_controller_ends_services_have_all_of_a_range_or_nothing(
+    world: Allocations,
+) -> None:
+    """It ends a little later each time: before, while and after it writes."""
+    asked = [ingress(number, number) for number in range(8000, 9000)]
+    seen: list[set[int]] = [set(), set()]
+    delay = 0.0
+    while seen != [{0, 1000}] * 2:
+        for wanted, found in zip((asked, []), seen, strict=True):
+            async with running(lead(world.store, KEYS, await world.elect())):
+                await world.settled()
+                await world.service("a", *wanted)
+                await asyncio.sleep(delay)
+            found.add(len(await world.ports()))
+            assert found <= {0, 1000}
+            async with running(lead(world.store, KEYS, await world.elect())):
+                await world.settled()
+            assert len(await world.ports()) == len(wanted)
+        assert delay < LIMIT
+        delay = 1.25 * delay + 0.002
 
 
 async def test_allocation_goes_on_when_etcd_comes_back(server: Etcd, world: Allocations) -> None:

@@ -1,13 +1,16 @@
 """Published ports next to the node's own processes, from the record to the connection.
 
 A port that leads to a service can be taken by nobody; one that somebody listens on is not taken
-from them.  A lab per backend; every test leaves it as it found it.
+from them; a range comes and goes whole.  A lab per backend; every test leaves it as it found it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
+from contextlib import asynccontextmanager
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,16 +20,22 @@ from mesh.lab import environment
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.cluster import PORT, Cluster, cluster, host, ingress, until, until_served
-from tests.support.requests import REFUSED, replicas
+from tests.support.monitor import generations, watched
+from tests.support.requests import REFUSED, Answer, Ask, ask, replicas
+from tests.support.scrape import scrape
 from tests.support.stranger import STRANGER, can_bind, stranger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 pytestmark = pytest.mark.cluster
 
 HOST, MESHED, USED, LATE = range(8090, 8094)
 SSH: Final = 22
+RANGE: Final = range(9000, 10000)
+KNOCKED: Final = RANGE[::111]
+"""Those of the range that clients try."""
+
 EPHEMERAL: Final = 32768
 """The first port that Linux lends to connections, and the mesh gives out."""
 
@@ -231,3 +240,107 @@ async def test_the_kernel_lends_no_port_of_a_dynamic_range_while_no_agent_runs(
 
     assert lent[0] == str(EPHEMERAL)
     assert reserved == after == f"{EPHEMERAL}-32999"
+
+
+# ---- ranges
+
+
+def ranged() -> list[dict[str, object]]:
+    """The range, each port with a pool of its own but for those that are tried."""
+    return [
+        {"target": PORT if n in KNOCKED else n, "published": n, "mode": "ingress"} for n in RANGE
+    ]
+
+
+async def writes(mesh: Cluster) -> list[int]:
+    """How often each node's agent has written rules."""
+    backend = mesh.records.get("applied/n1")["backend"]
+    program = "netlink" if backend == "nftables" else f"{backend}-restore"
+    found = [await scrape(mesh, node.name) for node in mesh.nodes]
+    return [each.sum("network_iptables_commands_total", program=program) for each in found]
+
+
+def forwarded(mesh: Cluster) -> list[int]:
+    """How many ports each node forwards, both families together."""
+    found = [mesh.elements(node.name, "meshports") for node in mesh.nodes]
+    return [sum(len(lines.splitlines()) for lines in each.values()) for each in found]
+
+
+@asynccontextmanager
+async def knocking(mesh: Cluster) -> AsyncIterator[list[list[bool]]]:
+    """Try ports of the range on every node, one after the other, for the time of a block: for each
+    node in which order they were answered, or not.
+    """
+    paths, going = (mesh.netns("c1"), mesh.netns("c2")), True
+
+    async def knock(address: str, found: list[bool]) -> None:
+        for path, port in cycle(product(paths, KNOCKED)):
+            outcome = await ask(Ask(path, address, port, Protocol.TCP))
+            assert isinstance(outcome, Answer) or outcome == REFUSED
+            found.append(isinstance(outcome, Answer))
+            if not going and len(found) > len(KNOCKED):
+                return
+
+    addresses = [mesh.addresses(node.name)[0] for node in mesh.nodes]
+    order: list[list[bool]] = [[] for _ in addresses]
+    async with asyncio.TaskGroup() as tasks:
+        for address, found in zip(addresses, order, strict=True):
+            tasks.create_task(knock(address, found))
+        await until(lambda: all(map(len, order)))
+        yield order
+        going = False
+
+
+async def test_a_range_comes_and_goes_in_one_change_of_each_node(mesh: Cluster) -> None:
+    in_one_step = mesh.records.get("applied/n1")["backend"] == "nftables"
+    single = {"target": PORT, "published": MESHED, "mode": "ingress"}
+    mesh.service("range", single, vip="none")
+    serve(mesh, "range", "a1", "b1")
+    await mesh.allocated("range")
+    begun = await writes(mesh)
+
+    with watched(mesh, "n1") as told:
+        async with knocking(mesh) as coming:
+            mesh.service("range", single, *ranged(), vip="none")
+            await mesh.allocated("range")
+        come, there = await writes(mesh), forwarded(mesh)
+        async with knocking(mesh) as going:
+            mesh.service("range", single, vip="none")
+            await mesh.settled()
+            await until(lambda: len(mesh.records.names("allocations/ports/")) == 1, "freed")
+    gone, left = await writes(mesh), forwarded(mesh)
+    await withdraw(mesh, "range")
+
+    assert [after - before for before, after in zip(begun, come, strict=True)] == [1, 1]
+    removals = 2 if in_one_step else 1  # pools that frontends led to go after them
+    assert [after - before for before, after in zip(come, gone, strict=True)] == [removals] * 2
+    assert (there, left) == ([2 * (len(RANGE) + 1)] * 2, [2] * 2)
+    ends = [(order[0], order[-1]) for order in (*coming, *going)]
+    assert ends == [(False, True)] * 2 + [(True, False)] * 2
+    if in_one_step:  # ipset takes one entry after the other
+        assert [sorted(order) for order in coming] == coming
+        assert [sorted(order, reverse=True) for order in going] == going
+        assert generations(told, "meshports") == [2 * len(RANGE)] * 2
+
+
+async def test_of_a_range_only_what_a_process_has_on_a_node_is_left_out_there(
+    mesh: Cluster,
+) -> None:
+    async with stranger(mesh, "n1", KNOCKED[1]):
+        mesh.service("range", *ranged(), vip="none")
+        serve(mesh, "range", "a1")
+        await mesh.allocated("range")
+        there = forwarded(mesh)
+        others = [ask for n in KNOCKED for ask in tcp(mesh.from_outside(n)) if n != KNOCKED[1]]
+        served = await replicas(others)
+        owner = await replicas(tcp(mesh.from_outside(KNOCKED[1], "n1")))
+        elsewhere = await replicas(tcp(mesh.from_outside(KNOCKED[1], "n2")))
+    await until_served(tcp(mesh.from_outside(KNOCKED[1])), {"a1"})
+    await withdraw(mesh, "range")
+
+    assert there == [2 * (len(RANGE) - 1), 2 * len(RANGE)]
+    assert (served, owner, elsewhere) == ({"a1"}, {STRANGER}, {"a1"})
+
+
+def tcp(asks: list[Ask]) -> list[Ask]:
+    return [ask for ask in asks if ask.protocol is Protocol.TCP]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.support.cluster import PORT, Cluster, cluster, until, until_served
+from tests.support.monitor import generations, watched
 from tests.support.requests import REFUSED, SPOKEN, again, held, replicas
 
 if TYPE_CHECKING:
@@ -129,17 +130,25 @@ async def test_numbers_are_the_same_after_everything_was_restarted_or_lost(mesh:
     await withdraw(mesh, "dyn")
 
 
-async def test_a_range_of_a_thousand_ports_answers_on_every_node(mesh: Cluster) -> None:
-    mesh.service("range", *({"target": PORT, "published": n, "mode": "ingress"} for n in RANGE))
-    mesh.task("range", "a1")
-    mesh.task("range", "b1")
-    await mesh.allocated("range")
+async def test_a_range_comes_whole_although_the_controller_is_killed(mesh: Cluster) -> None:
+    await until(lambda: bool(mesh.records.text("status/leader")), "one is elected")
+    leader = mesh.records.text("status/leader")
+    (other,) = (node.name for node in mesh.nodes if node.name != leader)
+
+    with watched(mesh, other) as told:
+        mesh.service("range", *({"target": PORT, "published": n, "mode": "ingress"} for n in RANGE))
+        mesh.task("range", "a1")
+        mesh.task("range", "b1")
+        await mesh.kill(leader)
+        await mesh.start_again(leader)
+        await mesh.allocated("range")
 
     for port in (RANGE[0], RANGE[499], RANGE[-1]):
         asks = [ask for ask in mesh.from_outside(port) if ask.protocol is SPOKEN[0]]
         await until_served(asks * 4, {"a1", "b1"})
     beside = [ask for ask in mesh.from_outside(RANGE[-1] + 1) if ask.protocol is SPOKEN[0]]
     assert await replicas(beside) == {REFUSED}
-
     mesh.remove("range")
     await until(lambda: not mesh.records.names("allocations/ports/"), "all of it is free again")
+
+    assert set(generations(told, "meshports")) == {2 * len(RANGE)}

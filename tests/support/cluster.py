@@ -231,7 +231,7 @@ class Cluster:
         await self.settled()
 
     def is_allocated(self, service: str) -> bool:
-        """Whether a service has its VIP and its ingress ports."""
+        """Whether a service has its VIP, if it wants one, and its ingress ports."""
         spec = self.records.get(f"services/{service}")
         wanted = {
             f"{p.get('protocol', 'tcp')}/{p['published']}"
@@ -240,7 +240,7 @@ class Cluster:
         }
         held = self.records.under("allocations/ports/")
         mine = {key for key, record in held.items() if record.get("service") == service}
-        return bool(self.vips(service)) and wanted <= mine
+        return (spec.get("vip") == "none" or bool(self.vips(service))) and wanted <= mine
 
     def _written(self, prefix: str) -> int:
         """The newest revision below a prefix."""
