@@ -60,6 +60,8 @@ async def run(backend: str, services: int, rounds: int) -> dict[str, object]:
         "cold_start_ms": figures.milliseconds(cold),
         "put_to_kernel_ms": figures.percentiles(found["kernel"], 1e3),
         "put_to_reachable_ms": figures.percentiles(found["reachable"], 1e3),
+        "publish_port_ms": figures.percentiles(found["port"], 1e3),
+        "publish_range_ms": figures.percentiles(found["range"], 1e3),
         "rss_mb": rss,
     }
 

@@ -23,7 +23,10 @@ from mesh.engine.backend import remove_all
 from mesh.errors import MeshError
 from mesh.lab import environment
 from mesh.model.allocation import VipAllocation
+from mesh.model.node import Node
+from mesh.model.publish import PublishedPort, PublishMode
 from mesh.model.report import Applied
+from mesh.model.service import ServiceSpec
 from mesh.model.task import Task, TaskState
 from mesh.rules.program import Devices
 from mesh.store import schema
@@ -34,10 +37,15 @@ if TYPE_CHECKING:
 
 _LIMIT: Final = 30.0
 _REACHABLE_ROUNDS: Final = 200
+_PUBLISH_ROUNDS: Final = 20
+RANGE: Final = 1000
+"""Ports of a range."""
+
 _REPORTS: Final = 50
 _REPORT_PAUSE: Final = 0.2
 """A node reports ten times a second at most."""
 
+_RANGED: Final = "ranged"
 _REQUEST: Final = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
 
 
@@ -51,7 +59,11 @@ async def measure(backend: str, services: int, rounds: int) -> None:
         else:
             kernel = [await _to_report(store, services, n) for n in range(min(rounds, _REPORTS))]
         reachable = await _all_reachable(store, min(rounds, _REACHABLE_ROUNDS))
-    json.dump({"kernel": kernel, "reachable": reachable}, sys.stdout)
+        first, publish = records.published(services + 1), min(rounds, _PUBLISH_ROUNDS)
+        port = await _all_published(store, range(first, first + 1), publish)
+        many = await _all_published(store, range(first, first + RANGE), publish)
+    found = {"kernel": kernel, "reachable": reachable, "port": port, "range": many}
+    json.dump(found, sys.stdout)
 
 
 def _change(services: int, round_: int) -> tuple[str, bytes]:
@@ -116,6 +128,60 @@ async def _all_reachable(store: Store, rounds: int) -> list[float]:
                 raise MeshError(f"{chosen.id} was not reached within {_LIMIT:g} s")
         found.append(time.perf_counter() - began)
     return found
+
+
+async def _all_published(store: Store, ports: range, rounds: int) -> list[float]:
+    """Seconds from before a service with ingress ports is put until the last of them answers."""
+    keys = records.KEYS
+    tasks = await store.list(keys.tasks_of(records.TOGGLED))
+    node = await store.get(keys.node("n1"))
+    if node is None or not tasks.items:
+        raise MeshError("node n1, or its replicas, are gone from etcd")
+    address = schema.decode(node.key, node.value, Node).addresses[0]
+    replica = schema.decode(tasks.items[0].key, tasks.items[0].value, Task)
+    task = msgspec.structs.replace(replica, service=_RANGED, id=_RANGED, state=TaskState.RUNNING)
+    await store.put(keys.task(_RANGED, _RANGED), schema.encode(task))
+    found = []
+    for _ in range(rounds):
+        await _until_free(store, ports)
+        began = time.perf_counter()
+        await store.put(keys.service(_RANGED), schema.encode(_ranged(ports)))
+        while not await asyncio.to_thread(_answers, address, ports[-1]):
+            if time.perf_counter() - began > _LIMIT:
+                raise MeshError(f"port {ports[-1]} did not answer within {_LIMIT:g} s")
+        found.append(time.perf_counter() - began)
+        await store.delete(keys.service(_RANGED))
+    await _until_free(store, ports)
+    return found
+
+
+def _ranged(ports: range) -> ServiceSpec:
+    """Every port has a pool of its own, and the last one leads where replicas listen."""
+    targets = {ports[-1]: records.TARGET}
+    published = (
+        PublishedPort(target=targets.get(n, n), published=n, mode=PublishMode.INGRESS)
+        for n in ports
+    )
+    return ServiceSpec(name=_RANGED, ports=tuple(published), vip="none")
+
+
+async def _until_free(store: Store, ports: range) -> None:
+    """Wait until nobody has the last of some ports, and so none of them."""
+    key, began = records.KEYS.port_allocation("tcp", ports[-1]), time.perf_counter()
+    while await store.get(key) is not None:
+        if time.perf_counter() - began > _LIMIT:
+            raise MeshError(f"port {ports[-1]} was not freed within {_LIMIT:g} s")
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(_REPORT_PAUSE)  # what follows from it is done
+
+
+def _answers(address: str, port: int) -> bool:
+    """Whether a new connection is answered."""
+    try:
+        with socket.create_connection((address, port), _LIMIT):
+            return True
+    except ConnectionRefusedError:
+        return False
 
 
 def _put(task: Task, *, serving: bool) -> Put:

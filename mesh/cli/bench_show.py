@@ -23,6 +23,8 @@ _MEASURES: Final = (
     ("put in etcd to kernel, p99", "put_to_kernel_ms.p99", 1e-3),
     ("put in etcd to first answer, p50", "put_to_reachable_ms.p50", 1e-3),
     ("put in etcd to first answer, p99", "put_to_reachable_ms.p99", 1e-3),
+    ("one port published to first answer, p50", "publish_port_ms.p50", 1e-3),
+    ("1000 ports published to first answer, p50", "publish_range_ms.p50", 1e-3),
     ("install", "install_ms", 1e-3),
     ("one replica replaced, p50", "change_us.p50", 1e-6),
     ("one replica replaced, p99", "change_us.p99", 1e-6),

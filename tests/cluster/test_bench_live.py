@@ -17,7 +17,8 @@ def test_live_measures_every_backend(backend: str) -> None:
     found = asyncio.run(live.run(backend, services=3, rounds=4))
 
     assert (found["bench"], found["backend"], found["services"]) == ("live", backend, 3)
-    for name in ("put_to_kernel_ms", "put_to_reachable_ms"):
+    spreads = ("put_to_kernel_ms", "put_to_reachable_ms", "publish_port_ms", "publish_range_ms")
+    for name in spreads:
         spread = found[name]
         assert isinstance(spread, dict)
         assert 0 < spread["p50"] <= spread["p99"]
