@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
-from tests.support.monitor import watched
 from tests.support.requests import Answer, again, ask_all, held, replicas, stream
 from tests.support.watched import watched
 

@@ -20,10 +20,10 @@ from mesh.lab import environment
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.cluster import PORT, Cluster, cluster, host, ingress, until, until_served
-from tests.support.monitor import generations, watched
 from tests.support.requests import REFUSED, Answer, Ask, ask, replicas
 from tests.support.scrape import scrape
 from tests.support.stranger import STRANGER, can_bind, stranger
+from tests.support.watched import generations, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

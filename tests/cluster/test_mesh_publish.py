@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.support.cluster import PORT, Cluster, cluster, until, until_served
-from tests.support.monitor import generations, watched
 from tests.support.requests import REFUSED, SPOKEN, again, held, replicas
+from tests.support.watched import generations, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
