@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from mesh.model.view import NodeView, PeerNode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.model.cluster import Cluster, NodeNetwork
     from mesh.model.node import Node
 
@@ -21,6 +23,8 @@ class Nodes:
         self._own = own
         self._cluster: Cluster | None = None
         self._known: dict[str, Node] = {}
+        self._given: dict[str, Mapping[str, str]] = {}
+        self._labels: dict[str, Mapping[str, str]] = {}
         self._numbers: dict[str, set[int]] = {}
         self._alive: set[str] = set()
         self._networks: dict[int, NodeNetwork] = {}
@@ -32,12 +36,28 @@ class Nodes:
         self._networks.clear()
         self._view = None
 
-    def identified(self, name: str, node: Node | None) -> None:
-        """A node has this identity; None: it has none any more."""
+    def identified(self, name: str, node: Node | None) -> bool:
+        """A node has this identity; None: it has none any more.  Whether its labels changed."""
         if node is None:
             del self._known[name]
         else:
             self._known[name] = node
+        return self._label(name)
+
+    def labelled(self, name: str, labels: Mapping[str, str]) -> bool:
+        """Operators gave a node these labels; whether it has others than before."""
+        self._given[name] = labels
+        return self._label(name)
+
+    def _label(self, name: str) -> bool:
+        known = self._known.get(name)
+        both = {**(known.labels if known is not None else {}), **self._given.get(name, {})}
+        labels = {key: value for key, value in both.items() if value}
+        if labels == self._labels.get(name, {}):
+            return False
+        self._view = None
+        self._labels = {**self._labels, name: labels}
+        return True
 
     def lives(self, name: str, *, alive: bool) -> None:
         """A node gives signs of life, or no longer does."""
@@ -52,13 +72,19 @@ class Nodes:
         if not numbers:
             del self._numbers[name]
 
+    @property
+    def labels(self) -> Mapping[str, Mapping[str, str]]:
+        """The labels of every node that has, or had, any."""
+        return self._labels
+
     def view(self) -> NodeView | None:
         """The own node, or None while it has no number."""
         if self._view is None:
             network = self.network(self._own)
             if network is None:
                 return None
-            self._view = NodeView(self._own, network, frozenset(self._alive | {self._own}))
+            live = frozenset(self._alive | {self._own})
+            self._view = NodeView(self._own, network, live, self._labels)
         return self._view
 
     def network(self, name: str) -> NodeNetwork | None:

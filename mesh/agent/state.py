@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from mesh.agent import among
 from mesh.agent.drains import Drains
 from mesh.agent.nodes import Nodes
 from mesh.agent.vips import Vips
@@ -19,10 +20,10 @@ from mesh.health.verdicts import Verdicts
 from mesh.hostports.ports import HostPorts
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
+from mesh.model.maintenance import NodeLabels
 from mesh.model.policy import labels_of
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
-from mesh.model.service import Prefer
 from mesh.model.view import IngressPort, ServiceView
 from mesh.policy.book import Policies
 from mesh.policy.plan import Labelled
@@ -30,7 +31,7 @@ from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from mesh.model.cluster import NodeNetwork
     from mesh.model.service import ServiceSpec
@@ -47,7 +48,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 KINDS = ("cluster", "nodes/", "alive/", "services/", "tasks/", "allocations/", "health/",
-         "maintenance/", "policies/")  # fmt: skip
+         "maintenance/", "labels/", "policies/")  # fmt: skip
 """What an agent follows; reports of other agents would only wake it for nothing."""
 
 
@@ -86,6 +87,10 @@ class State:
             "tasks": (schema.parse_task, self._index_task),
             "nodes": (schema.parse_node, self._index_node),
             "maintenance": (schema.parse_maintenance, self._index_maintenance),
+            "labels": (
+                lambda key, value: schema.decode(key, value, NodeLabels),
+                self._index_labels,
+            ),
             "alive": (lambda _key, _value: True, self._index_alive),
             "health": (schema.parse_health, self._index_health),
             "allocations": (schema.parse_allocation, self._index_allocation),
@@ -203,8 +208,14 @@ class State:
         return Touched(frozenset(), nodes=False, policies=True)
 
     def _index_node(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
-        self._nodes.identified(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
-        return Touched(frozenset(), nodes=True)
+        labels = self._nodes.identified(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
+        return Touched(among.heeding_labels(self._services) if labels else frozenset(), nodes=True)
+
+    def _index_labels(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
+        given = new.record.labels if new is not None else {}  # type: ignore[attr-defined]
+        if not self._nodes.labelled(parts[1], given):
+            return _NOTHING
+        return Touched(among.heeding_labels(self._services), nodes=False)
 
     def _index_alive(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         name = parts[1]
@@ -315,11 +326,7 @@ class State:
         """Of services that answer on their replicas' nodes only: the protocols and numbers of
         their ingress ports.
         """
-        return {
-            name: frozenset((p.protocol.number, p.published) for p in self._ports.get(name, ()))
-            for name, spec in self._services.items()
-            if spec.prefer is Prefer.LOCAL_ONLY
-        }
+        return among.local_ingress(self._services, self._ports)
 
     def service_view(self, service: str) -> ServiceView | None:
         """Everything about one service, or None if it has no spec."""
@@ -362,6 +369,11 @@ class State:
         """The ingress ports of a service that this node serves."""
         return self.hostports.occupied.admitted(service, self._ports.get(service, ()))
 
+    @property
+    def labels(self) -> Mapping[str, Mapping[str, str]]:
+        """The labels of every node that has any."""
+        return self._nodes.labels
+
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
         return self._nodes.view()
@@ -379,7 +391,7 @@ _NOTHING = Touched(frozenset(), nodes=False)
 _NO_TASKS: dict[str, Entry] = {}
 _DEPTHS = {
     "cluster": (1,),
-    **dict.fromkeys(("nodes", "maintenance", "alive", "services", "policies"), (2,)),
+    **dict.fromkeys(("nodes", "maintenance", "labels", "alive", "services", "policies"), (2,)),
     **dict.fromkeys(("tasks", "health", "published"), (3,)),
     "allocations": (3, 4),
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mesh import errors
-from mesh.cli import node_drain, options, output
+from mesh.cli import node_drain, node_labels, options, output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=options.Noun)
 def node() -> None:
-    """Join this host; list, inspect, drain and remove nodes."""
+    """Join this host; list, inspect, label, drain and remove nodes."""
 
 
 @node.command()
@@ -164,6 +164,7 @@ def describe(seen: World, name: str) -> dict[str, Any]:
     network, applied = seen.network(name), seen.applied.get(name)
     return {
         **msgspec.to_builtins(seen.nodes[name]),
+        "labels": seen.state.labels.get(name, {}),
         "number": network.number if network is not None else None,
         "overlay": list(network.overlay) if network is not None else [],
         "subnets": list(network.subnets) if network is not None else [],
@@ -215,7 +216,7 @@ async def _remove(session: Session, name: str, *, force: bool) -> list[str]:
     seen, keys = await world.read(session), session.keys
     if await session.store.get(keys.node(name)) is None:
         raise errors.NotFound(f"no node {name!r}: `mesh node ls` lists them")
-    kept = (keys.node, keys.maintenance, keys.applied, keys.cursors, keys.listeners)
+    kept = (keys.node, keys.maintenance, keys.labels, keys.applied, keys.cursors, keys.listeners)
     of_node = [key(name) for key in kept]
     result = await session.store.transact(
         () if force else (Compare(keys.alive(name), 0),), [Delete(key) for key in of_node]
@@ -232,3 +233,4 @@ async def _remove(session: Session, name: str, *, force: bool) -> list[str]:
 
 node.add_command(node_drain.drain)
 node.add_command(node_drain.activate)
+node.add_command(node_labels.update)

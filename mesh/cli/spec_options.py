@@ -83,8 +83,14 @@ _OPTIONS = (
     ),
     click.option(
         "--prefer",
-        type=click.Choice(["any", "local", "local-only"]),
-        help="Which replicas a node balances over.",
+        type=click.Choice(["any", "local", "local-only", "zone"]),
+        help="Which replicas a node balances over: all; its own, or those of its zone, while there "
+        "are any; its own only.",
+    ),
+    click.option(
+        "--zone-label",
+        metavar="KEY",
+        help="The label of nodes that says their zone [default: zone].",
     ),
     click.option(
         "--allow", multiple=True, metavar="PREFIX", help="Who may connect; repeatable (all)."
@@ -232,7 +238,7 @@ def changes(given: dict[str, Any]) -> Changes:
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
     from mesh.model.address import parse_address, parse_prefix
-    from mesh.model.names import parse_duration
+    from mesh.model.names import check_label, parse_duration
     from mesh.model.service import Affinity, Prefer, Source
 
     kinds: dict[str, Callable[[str], Any]] = {
@@ -254,6 +260,9 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         with options.naming("--drain"):
             parse_duration(given["drain"])
         found["drain"] = given["drain"]
+    if given["zone_label"] is not None:
+        with options.naming("--zone-label"):
+            found["zone_label"] = check_label(given["zone_label"])
     if given["labels"]:
         found["labels"] = options.labels(given["labels"])
     return found

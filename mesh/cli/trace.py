@@ -16,10 +16,12 @@ from mesh.model.publish import PORTS, Protocol
 from mesh.rules import dump, trace_show
 from mesh.rules import trace as walking
 from mesh.rules.trace import Entry, Packet, Place
+from mesh.vip import eligibility
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mesh.cli.engine import Engine
     from mesh.rules.dump import Rules
     from mesh.rules.trace import Trace
 
@@ -60,7 +62,9 @@ def trace(
         real = walking.walk(packet, _place(found.kernel, owners))
         if found.differences:
             output.warn("the program in the kernel is not as it should be: `mesh rules diff`")
-    _tell(rules, wanted, real, found.unread if found is not None else f"as dumped: {rules.source}")
+    placement = _placement(found, wanted.service) if found is not None else ""
+    unread = found.unread if found is not None else f"as dumped: {rules.source}"
+    _tell(rules, wanted, real, unread, placement)
     if real not in (None, wanted):
         options.exit_with(1)
 
@@ -126,13 +130,21 @@ def _entry(source: str, rules: Rules) -> Entry:
 # ---- what is answered
 
 
-def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str) -> None:
+def _placement(found: Engine, service: str | None) -> str:
+    """Why the node chooses among these replicas and no others."""
+    view = found.state.service_view(service) if service is not None else None
+    node = found.state.node_view()
+    return eligibility.told(view, node) if view is not None and node is not None else ""
+
+
+def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str, placement: str) -> None:
     if options.as_json():
         output.document(
             {
                 "node": rules.node,
                 "backend": rules.backend,
                 rules.source: trace_show.document(wanted),
+                "placement": placement or None,
                 **_kernel(wanted, real, unread, rules.source),
             }
         )
@@ -146,6 +158,8 @@ def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str) -> None:
     )
     for line in trace_show.lines(wanted):
         output.line(line, _STYLES.get(line.partition(",")[0]))
+    if placement:
+        output.line(placement)
     if real is None:
         output.line(f"({unread})")
     elif real == wanted:

@@ -1,10 +1,12 @@
-"""What operators want of a node: `/mesh/maintenance/<node>`."""
+"""What operators want of a node: `/mesh/maintenance/<node>`, `/mesh/labels/<node>`."""
 
 from __future__ import annotations
 
 import enum
 
 import msgspec
+
+from mesh.model.names import check_label
 
 
 class Duty(enum.Enum):
@@ -21,3 +23,17 @@ class Maintenance(
 
     state: Duty = Duty.ACTIVE
     since: str = ""
+
+
+class NodeLabels(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
+):
+    """Labels that operators gave a node; they win over those of its own record, and an empty value
+    stands for none.
+    """
+
+    labels: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for key in self.labels:
+            check_label(key)

@@ -10,6 +10,7 @@ NO_LABELS: Final[dict[str, str]] = {}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _ID: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,126}[A-Za-z0-9])?")
+_LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_./-]{0,126}[A-Za-z0-9])?")
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|s|m|h))+")
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -34,6 +35,18 @@ def check_id(text: str, what: str) -> str:
     if not _ID.fullmatch(text):
         raise ValueError(
             f"{what} {text!r} is not a name: use 1 to 128 letters, digits, '-', '_' or '.', "
+            "with a letter or digit at both ends"
+        )
+    return text
+
+
+def check_label(text: str) -> str:
+    """`text`, if it may be the key of a label, "zone" or "topology.kubernetes.io/zone"; else
+    ValueError.
+    """
+    if not _LABEL.fullmatch(text):
+        raise ValueError(
+            f"label {text!r} is not a key: use 1 to 128 letters, digits, '-', '_', '.' or '/', "
             "with a letter or digit at both ends"
         )
     return text

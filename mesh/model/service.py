@@ -8,14 +8,19 @@ from collections import defaultdict
 from typing import Final
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from mesh.model.address import parse_address, parse_prefix
 from mesh.model.health import CheckType, HealthCheck
-from mesh.model.names import NO_LABELS, check_name, parse_duration
+from mesh.model.names import NO_LABELS, check_label, check_name, parse_duration
 from mesh.model.publish import Protocol, PublishedPort, PublishMode
 
 MOST_PORTS: Final = 10_240
 """Published ports of one service: with more, its record is beyond the 1.5 MiB that etcd takes."""
+
+
+ZONE_LABEL: Final = "zone"
+"""The label of nodes that says which zone they are in, if a service names no other."""
 
 
 class Affinity(enum.Enum):
@@ -33,11 +38,14 @@ class Source(enum.Enum):
 
 
 class Prefer(enum.Enum):
-    """Which replicas a node balances over."""
+    """Which replicas a node balances over: its own or those of its zone as long as there are any,
+    or its own only.
+    """
 
     ANY = "any"
     LOCAL = "local"
     LOCAL_ONLY = "local-only"
+    ZONE = "zone"
 
 
 class ServiceSpec(
@@ -45,7 +53,8 @@ class ServiceSpec(
 ):
     """What a user or an automation asks for, as it stands in etcd.
 
-    `vip` is "auto", "none" or an IPv4 address of the VIP range.
+    `vip` is "auto", "none" or an IPv4 address of the VIP range; `zone_label` the label of nodes
+    whose value is their zone.
     """
 
     name: str
@@ -54,6 +63,7 @@ class ServiceSpec(
     affinity: Affinity = Affinity.NONE
     source: Source = Source.PRESERVE
     prefer: Prefer = Prefer.ANY
+    zone_label: str | UnsetType = UNSET
     health: HealthCheck | None = None
     allow: tuple[str, ...] = ()
     drain: str = "10s"
@@ -66,6 +76,8 @@ class ServiceSpec(
         for prefix in self.allow:
             parse_prefix(prefix)
         parse_duration(self.drain)
+        if self.zone_label is not UNSET:
+            check_label(self.zone_label)
         self._check_ports()
         for field in ("name", "vip", "drain"):  # one text for all records that say it
             msgspec.structs.force_setattr(self, field, sys.intern(getattr(self, field)))
@@ -76,6 +88,16 @@ class ServiceSpec(
             raise ValueError(
                 f"health type {check.type.value} needs a port: the service has no target over TCP"
             )
+
+    @property
+    def zone_key(self) -> str:
+        """The label whose value is a node's zone."""
+        return ZONE_LABEL if self.zone_label is UNSET else self.zone_label
+
+    @property
+    def heeds_labels(self) -> bool:
+        """Whether labels of nodes say what it comes to."""
+        return self.prefer is Prefer.ZONE
 
     @property
     def drain_seconds(self) -> float:

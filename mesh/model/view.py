@@ -5,20 +5,25 @@ Views are assembled by the agent's state for each plan; they hold no reference b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from mesh.model.health import Fallback
+from mesh.model.names import NO_LABELS
 from mesh.model.service import ServiceSpec
 from mesh.model.task import Task, TaskState
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Mapping
 
     from mesh.model.cluster import NodeNetwork
     from mesh.model.node import Node
     from mesh.model.publish import Protocol
+
+
+NO_LABELS_OF_NODES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType({})
 
 
 class IngressPort(NamedTuple):
@@ -95,8 +100,16 @@ class PeerNode(NamedTuple):
 
 
 class NodeView(NamedTuple):
-    """The node that plans: itself, and which nodes it believes alive (always itself too)."""
+    """The node that plans: itself, and which nodes it believes alive (always itself too).
+
+    `labels` are those of every node that has any.
+    """
 
     name: str
     network: NodeNetwork
     live: frozenset[str]
+    labels: Mapping[str, Mapping[str, str]] = NO_LABELS_OF_NODES
+
+    def label(self, node: str, key: str) -> str | None:
+        """What a label of a node says."""
+        return self.labels.get(node, NO_LABELS).get(key)

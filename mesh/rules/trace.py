@@ -178,7 +178,7 @@ class Trace:
     """The walk: `steps` up to where a slot is drawn, or to the end where none is.
 
     `answers` are the backends this packet may get; `pool` is every backend's share of the slots,
-    which with affinity says how many clients it has.
+    which with affinity says how many clients it has; `service` is whose frontend it met, if known.
     """
 
     packet: Packet
@@ -186,6 +186,7 @@ class Trace:
     ending: Ending
     answers: tuple[Answer, ...] = ()
     pool: tuple[tuple[Target | None, Fraction], ...] = ()
+    service: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -215,14 +216,13 @@ def walk(packet: Packet, place: Place) -> Trace:
     sets = trace_sets.Sets(place.elements, loaded)
     first = _Walk(packet, place, loaded, sets)
     ending = first.run()
+    service = place.owners.get(place.parameters.layout.id_of(first.flow.ct_mark))
     if first.flow.draw is None:
-        return Trace(packet, tuple(first.steps), ending)
-    slots = _slots(first.flow.draw, sets)
-    total = first.flow.draw.slots
+        return Trace(packet, tuple(first.steps), ending, service=service)
+    slots, total = _slots(first.flow.draw, sets), first.flow.draw.slots
     pool = tuple(_shares(first.flow.draw, slots, place))
     if first.flow.draw.hashed:
-        chosen = first.flow.draw.slot
-        slots = {target: of for target, of in slots.items() if chosen in of}
+        slots = {target: of for target, of in slots.items() if first.flow.draw.slot in of}
         total = len(next(iter(slots.values())))
     answers = []
     for target, of in slots.items():
@@ -231,7 +231,8 @@ def walk(packet: Packet, place: Place) -> Trace:
         steps = tuple(again.steps[first.before_draw :])
         answers.append(Answer(target, len(of), Fraction(len(of), total), ending, steps))
     best = next((a for a in answers if a.ending.verdict is Verdict.FORWARDED), answers[0])
-    return Trace(packet, tuple(first.steps[: first.before_draw]), best.ending, tuple(answers), pool)
+    told = tuple(first.steps[: first.before_draw])
+    return Trace(packet, told, best.ending, tuple(answers), pool, service)
 
 
 def _check(packet: Packet, place: Place) -> None:

@@ -15,7 +15,7 @@ from mesh.errors import InvalidRecord
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
 from mesh.model.listener import Listening
-from mesh.model.maintenance import Duty, Maintenance
+from mesh.model.maintenance import Duty, Maintenance, NodeLabels
 from mesh.model.mapping import Cursors, PortMapping
 from mesh.model.node import Node
 from mesh.model.policy import NetworkPolicy
@@ -55,6 +55,10 @@ class Keys:
     def maintenance(self, name: str) -> str:
         """What operators want of a node."""
         return f"{self.prefix}/maintenance/{name}"
+
+    def labels(self, name: str) -> str:
+        """The labels that operators gave a node."""
+        return f"{self.prefix}/labels/{name}"
 
     def alive(self, name: str) -> str:
         """A node's liveness; held by a lease."""
@@ -240,6 +244,7 @@ def json_schema() -> dict[str, object]:
         "node": Node,
         "maintenance": Maintenance,
         "policy": NetworkPolicy,
+        "labels": NodeLabels,
         "nodeAllocation": NodeAllocation,
         "vipAllocation": VipAllocation,
         "portAllocation": PortAllocation,

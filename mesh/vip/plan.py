@@ -31,7 +31,7 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     The VIP answers on the target port of every published port, whatever its mode.
     """
     tasks = service.eligible(node.live)
-    chosen = eligibility.preferred(tasks, service.spec.prefer, node)
+    chosen = eligibility.preferred(tasks, service.spec, node)
     vips = sorted(service.vips)
     found: list[Forwarding] = []
     for (target, protocol), ports in _targets(service):

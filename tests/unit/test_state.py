@@ -73,6 +73,33 @@ def test_an_event_touches_what_it_concerns_and_nothing_else(
     assert touched.nodes is nodes
 
 
+@pytest.mark.parametrize(
+    ("event", "services"),
+    [
+        (records.put(KEYS.labels("n2"), {"labels": {"zone": "b"}}, 5), {"web"}),
+        (records.put(KEYS.labels("n2"), {"labels": {"zone": "a"}}, 5), set()),
+        (records.put(KEYS.labels("n2"), {"labels": {"zone": ""}}, 5), {"web"}),
+        (records.put(KEYS.labels("n2"), {"labels": {"/": "b"}}, 5), set()),
+        (records.delete(KEYS.labels("n1"), 5), {"web"}),
+    ],
+    ids=["another", "the same", "none", "unreadable", "gone"],
+)
+def test_labels_touch_the_services_to_which_they_matter(event: object, services: set[str]) -> None:
+    nodes = records.cluster()
+    labelled = {**nodes[KEYS.node("n2")], "labels": {"zone": "a"}}  # type: ignore[dict-item]
+    state = _state(
+        records.service("web", WEB, prefer="zone"),
+        records.service("db", DB),
+        {KEYS.node("n2"): labelled},
+        {KEYS.labels("n1"): {"labels": {"zone": "a"}}},
+    )
+
+    touched = state.apply(event)  # type: ignore[arg-type]
+
+    assert touched.services == services
+    assert not touched.nodes
+
+
 def test_the_same_record_again_touches_nothing() -> None:
     state = _state(records.service("web", WEB))
     again = records.put(KEYS.service("web"), records.service("web", WEB)[KEYS.service("web")], 1)

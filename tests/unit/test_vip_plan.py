@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mesh.model.cluster import Cluster
+from mesh.model.health import CheckType, HealthCheck
 from mesh.model.publish import Protocol, PublishedPort, PublishMode
 from mesh.model.service import Affinity, Prefer, ServiceSpec, Source
 from mesh.model.task import Task, TaskState
 from mesh.model.view import IngressPort, NodeView, ServiceView
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
-from mesh.vip import plan
+from mesh.vip import eligibility, plan
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
 INGRESS, HOST = PublishMode.INGRESS, PublishMode.HOST
@@ -201,6 +205,74 @@ def test_local_only_without_a_replica_here_refuses() -> None:
     spec = ServiceSpec(name="web", ports=WEB.ports, prefer=Prefer.LOCAL_ONLY)
 
     assert pools(ServiceView(spec, tasks=(ON_N2,), ingress=GIVEN)) == {"web/80/tcp/local": ()}
+
+
+ZONES = {"n1": {"zone": "a", "rack": "1"}, "n2": {"zone": "a"}, "n3": {"zone": "b", "rack": "1"}}
+ZONED = N1._replace(live=frozenset(ZONES), labels=ZONES)
+ON_N3 = task("c", "n3", "10.0.3.5")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "label", "expected"),
+    [
+        ((ON_N1, ON_N2, ON_N3), "zone", ["10.0.1.5", "10.0.2.5"]),
+        ((ON_N2, ON_N3), "zone", ["10.0.2.5"]),
+        ((ON_N3,), "zone", ["10.0.3.5"]),
+        ((ON_N1, ON_N2, ON_N3), "rack", ["10.0.1.5", "10.0.3.5"]),
+        ((ON_N1, ON_N2, ON_N3), "hall", ["10.0.1.5", "10.0.2.5", "10.0.3.5"]),
+    ],
+    ids=["own and neighbour", "neighbour", "none in the zone", "another label", "no such label"],
+)
+def test_prefer_zone_balances_over_the_own_zone_while_it_has_replicas(
+    tasks: tuple[Task, ...], label: str, expected: list[str]
+) -> None:
+    spec = ServiceSpec(name="web", ports=WEB.ports, prefer=Prefer.ZONE, zone_label=label)
+
+    (forwarding,) = plan.plan(ServiceView(spec, tasks=tasks, ingress=GIVEN), ZONED)
+
+    assert expected == [backend.address for backend in forwarding.backends]
+
+
+@pytest.mark.parametrize("prefer", [Prefer.LOCAL, Prefer.ZONE])
+@pytest.mark.parametrize(
+    "ill",
+    [
+        {"tasks": (replace(ON_N1, state=TaskState.DRAINING), ON_N3)},
+        {"tasks": (replace(ON_N1, weight=0), ON_N3)},
+        {"draining": frozenset({"n1"})},
+        {"healthy": frozenset({"c"})},
+    ],
+    ids=["draining", "weight 0", "node draining", "unhealthy"],
+)
+def test_a_near_replica_that_takes_no_connections_is_not_preferred(
+    prefer: Prefer, ill: dict[str, Any]
+) -> None:
+    check = HealthCheck(type=CheckType.TCP) if "healthy" in ill else None
+    spec = ServiceSpec(name="web", ports=WEB.ports, prefer=prefer, health=check)
+    service = ServiceView(spec, **{"tasks": (ON_N1, ON_N3), "ingress": GIVEN, **ill})
+
+    (forwarding,) = plan.plan(service, ZONED)
+
+    assert [backend.address for backend in forwarding.backends] == ["10.0.3.5"]
+
+
+@pytest.mark.parametrize(
+    ("prefer", "label", "tasks", "told"),
+    [
+        (Prefer.ANY, "zone", (ON_N1,), ""),
+        (Prefer.LOCAL, "zone", (ON_N1, ON_N2), "prefer local: 1 of 2 replicas, those here"),
+        (Prefer.LOCAL, "zone", (ON_N2,), "prefer local: none of 1 replicas is here, so all"),
+        (Prefer.LOCAL_ONLY, "zone", (ON_N2,), "local-only: published ports have 0 of 1"),
+        (Prefer.ZONE, "zone", (ON_N2, ON_N3), "zone: 1 of 2 replicas, those in zone 'a'"),
+        (Prefer.ZONE, "hall", (ON_N2, ON_N3), "node n1 has no label 'hall', so all 2 replicas"),
+    ],
+)
+def test_what_a_preference_comes_to_is_told(
+    prefer: Prefer, label: str, tasks: tuple[Task, ...], told: str
+) -> None:
+    spec = ServiceSpec(name="web", ports=WEB.ports, prefer=prefer, zone_label=label)
+
+    assert told in eligibility.told(ServiceView(spec, tasks=tasks), ZONED)
 
 
 @given(st.permutations([task(str(i), f"n{i % 2 + 1}", f"10.0.1.{i}") for i in range(2, 9)]))
