@@ -12,15 +12,17 @@ import contextlib
 import logging
 import os
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-import h11
-
+from mesh.agent import http
+from mesh.agent.http import Reply
 from mesh.model.node import split_endpoint
 from mesh.model.report import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    import h11
 
     from mesh.agent.config import AdminConfig
 
@@ -29,25 +31,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PATIENCE: Final = 10.0
-"""Seconds for a client to ask, and for it to take what it is told."""
-
 _RETRY_SECONDS: Final = 5.0
 _MOST: Final = 32
 """Clients at once."""
 
 _OWN: Final = 0o660
 """Who may use the unix socket: root, and its group."""
-
-_TEXT: Final = "text/plain; charset=utf-8"
-
-
-class Reply(NamedTuple):
-    """What is said."""
-
-    body: bytes
-    kind: str = _TEXT
-    status: HTTPStatus = HTTPStatus.OK
 
 
 class Admin:
@@ -118,49 +107,21 @@ class Admin:
             self._told()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client: one request, one answer."""
         self._clients += 1
         try:
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                await self._exchange(reader, writer)
+            await http.serve(reader, writer, self._reply)
         finally:
             self._clients -= 1
-            writer.close()
-
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = h11.Connection(h11.SERVER)
-        request: h11.Request | None = None
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                request = await _asked(connection, reader)
-            if request is None:
-                return
-            reply = await self._reply(request)
-        except h11.RemoteProtocolError as error:
-            reply = Reply(f"{error}\n".encode(), status=HTTPStatus(error.error_status_hint))
-        headers = [
-            ("Content-Type", reply.kind),
-            ("Content-Length", str(len(reply.body))),
-            ("Connection", "close"),
-        ]
-        status, reason = reply.status, reply.status.phrase
-        said: list[h11.Event] = [h11.Response(status_code=status, headers=headers, reason=reason)]
-        if request is None or request.method != b"HEAD":
-            said.append(h11.Data(data=reply.body))
-        async with asyncio.timeout(_PATIENCE):
-            for event in (*said, h11.EndOfMessage()):
-                writer.write(connection.send(event) or b"")
-            await writer.drain()
 
     async def _reply(self, request: h11.Request) -> Reply:
         if self._clients > _MOST:
-            return Reply(b"too many clients\n", status=HTTPStatus.SERVICE_UNAVAILABLE)
+            return http.BUSY
         page = self._pages.get(request.target.decode("ascii", "replace").partition("?")[0])
         if page is None:
             known = f"there is {', '.join(self._pages)}\n"
             return Reply(known.encode(), status=HTTPStatus.NOT_FOUND)
-        if request.method not in (b"GET", b"HEAD"):
-            return Reply(b"only GET and HEAD\n", status=HTTPStatus.METHOD_NOT_ALLOWED)
+        if not http.only_reads(request):
+            return http.READ_ONLY
         accept = ",".join(v.decode("latin-1") for name, v in request.headers if name == b"accept")
         return await page(accept)
 
@@ -178,14 +139,3 @@ class Admin:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-async def _asked(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
-    """The request; None if there is none.  What may follow it is not waited for."""
-    while True:
-        event = connection.next_event()
-        if isinstance(event, h11.Request):
-            return event
-        if event is not h11.NEED_DATA:
-            return None
-        connection.receive_data(await reader.read(4096))

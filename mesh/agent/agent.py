@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from mesh.agent import listeners, remark, systemd, writeback
 from mesh.agent.admin import Admin
 from mesh.agent.health import HealthChecks
+from mesh.agent.localhealth import LocalHealth
 from mesh.agent.metrics import Metrics
 from mesh.agent.network import Network
 from mesh.agent.occupancy import Occupancy
@@ -84,7 +85,9 @@ class Agent:
         self._election: Election | None = None
         self._metrics = Metrics(self._tally, self._state, self._follower, self._leads)
         self._admin = Admin(config.admin, self._metrics.page, self._unready, self._changed.set)
-        self._occupancy = Occupancy(self._state, Path(config.state_dir), self._touch)
+        self._local_health = LocalHealth(self._state, self._changed.set)
+        own_sockets = self._local_health.inodes
+        self._occupancy = Occupancy(self._state, Path(config.state_dir), self._touch, own_sockets)
         self._pending = _NOTHING
         self._heard = 0.0
         self._nodes_changed = asyncio.Event()
@@ -285,6 +288,8 @@ class Agent:
             tasks.create_task(reports, name="reporter")
             self._published.look_after(tasks)
             tasks.create_task(self._occupancy.run(), name="occupancy")
+            self._local_health.look(self._state.services())
+            tasks.create_task(self._local_health.run(), name="local health")
             told = listeners.tell(self._store, self._keys.listeners(own), self._occupancy)
             tasks.create_task(told, name="listeners")
             rules.look_after(parameters, tasks)
@@ -324,6 +329,7 @@ class Agent:
             touched, self._pending = self._pending, _NOTHING
             heard = self._heard
             revision = self._state.revision
+            self._local_health.look(touched.services)
             touched = await self._occupancy.secure(touched)
             self._published.plan()
             await rules.reconcile(touched)
@@ -346,6 +352,7 @@ class Agent:
             yield self._problem
         yield from self._network.problems
         yield from self._admin.problems
+        yield from self._local_health.problems()
         yield from rules.problems()
         yield from self._published.problems()
         yield from self._occupancy.problems()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh import __version__
 from mesh.agent import ports
-from mesh.agent.admin import Reply
+from mesh.agent.http import Reply
 from mesh.model.publish import Protocol
 from mesh.rules.traffic import NOTHING, Port, Volume
 

@@ -52,8 +52,16 @@ class Seen(NamedTuple):
 class Occupancy:
     """The ports of one node.  `touch` is told what the host's other processes touch."""
 
-    def __init__(self, state: State, state_dir: Path, touch: Callable[[Touched], None]) -> None:
+    def __init__(
+        self,
+        state: State,
+        state_dir: Path,
+        touch: Callable[[Touched], None],
+        own: Callable[[], Collection[int]],
+    ) -> None:
+        """`own` are the inodes of sockets that listen on ports for services, and not for others."""
         self._state = state
+        self._own = own
         self._state_dir = state_dir
         self._occupied = state.hostports.occupied
         self._touch = touch
@@ -174,7 +182,8 @@ class Occupancy:
 
     def _listening(self) -> frozenset[Socket] | None:
         try:
-            found = sockdiag.listening()
+            own = self._own()
+            found = frozenset(one for one in sockdiag.listening() if one.inode not in own)
         except OSError as error:
             if self._blind is None:
                 log.warning("cannot ask who listens: %s", error)

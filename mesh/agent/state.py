@@ -12,6 +12,7 @@ import msgspec
 
 from mesh.agent import among
 from mesh.agent.drains import Drains
+from mesh.agent.ingress import IngressPorts
 from mesh.agent.nodes import Nodes
 from mesh.agent.vips import Vips
 from mesh.engine.desired import Touched
@@ -81,7 +82,7 @@ class State:
         self.drains = Drains(node)
         self._tasks: dict[str, dict[str, Entry]] = {}
         self._vips = Vips()
-        self._ports: dict[str, dict[IngressPort, bool]] = {}
+        self._ports = IngressPorts()
         self._readers: dict[str, tuple[_Parse, _Index]] = {
             "services": (schema.parse_service, self._index_service),
             "tasks": (schema.parse_task, self._index_task),
@@ -254,7 +255,7 @@ class State:
                 case PortAllocation() as port:
                     services.add(port.service)
                     ingress = IngressPort(Protocol(parts[2]), int(parts[3]), port.target)
-                    _hold(self._ports, port.service, ingress, held)
+                    self._ports.allocated(port.service, ingress, held=held is not None)
                     services |= self.hostports.reserve(*ingress[:2], port.service if held else None)
                 case NodeAllocation() as node:
                     nodes = True
@@ -326,7 +327,7 @@ class State:
         """Of services that answer on their replicas' nodes only: the protocols and numbers of
         their ingress ports.
         """
-        return among.local_ingress(self._services, self._ports)
+        return among.local_ingress(self._services, self._ports.everything())
 
     def service_view(self, service: str) -> ServiceView | None:
         """Everything about one service, or None if it has no spec."""
@@ -347,6 +348,7 @@ class State:
             healthy=self.health.healthy(spec, tasks),
             host_ports=self.hostports.granted(service),
             draining=self.drains.nodes,
+            local_health=self._ports.local_health(spec),
         )
 
     def leaving(self) -> dict[ended.Name, ended.Leaving]:
@@ -367,7 +369,7 @@ class State:
 
     def ingress(self, service: str) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that this node serves."""
-        return self.hostports.occupied.admitted(service, self._ports.get(service, ()))
+        return self.hostports.occupied.admitted(service, self._ports.of(service))
 
     @property
     def labels(self) -> Mapping[str, Mapping[str, str]]:

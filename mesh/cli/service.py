@@ -121,16 +121,21 @@ async def _replace(session: Session, name: str, changes: Changes) -> tuple[Servi
 async def _free_ports(session: Session, spec: ServiceSpec) -> list[Compare]:
     """Conditions that say nobody else owns the spec's ingress ports.  Raises Conflict."""
     from mesh.model.allocation import PortAllocation
-    from mesh.model.publish import PublishMode
+    from mesh.model.publish import Protocol, PublishMode
     from mesh.store import schema
     from mesh.store.protocol import MAX_OPERATIONS, Compare
 
     keys = session.keys
     wanted = {
-        keys.port_allocation(port.protocol.value, port.published): port
+        keys.port_allocation(port.protocol.value, port.published): (
+            f"--publish: ingress port {port.published}/{port.protocol.value}"
+        )
         for port in spec.ports
         if port.mode is PublishMode.INGRESS and port.published is not None
     }
+    if spec.local_health_port:
+        key = keys.port_allocation(Protocol.TCP.value, spec.local_health_port)
+        wanted[key] = f"--local-health-port: port {spec.local_health_port}/tcp"
     if len(wanted) > _ONE_BY_ONE:
         held = {item.key: item for item in (await session.store.list(keys.ports)).items}
     else:
@@ -138,10 +143,9 @@ async def _free_ports(session: Session, spec: ServiceSpec) -> list[Compare]:
     for key in wanted.keys() & held.keys():
         holder = schema.decode(key, held[key].value, PortAllocation).service
         if holder != spec.name:
-            number = f"{wanted[key].published}/{wanted[key].protocol.value}"
             raise errors.Conflict(
-                f"--publish: ingress port {number} belongs to service {holder!r}; choose another "
-                "port, or remove it there"
+                f"{wanted[key]} belongs to service {holder!r}; choose another port, or remove it "
+                "there"
             )
     return [Compare(key, 0) for key in wanted.keys() - held.keys()][: MAX_OPERATIONS - 1]
 
@@ -206,6 +210,7 @@ def _has_everything(seen: World, spec: ServiceSpec) -> bool:
 
     view = seen.service(spec.name)
     has_ports = all(item.granted for item in ports.assign(view))
+    has_ports = has_ports and view.local_health == (spec.local_health_port or None)
     return has_ports and (spec.vip == "none" or bool(view.vips))
 
 

@@ -100,6 +100,11 @@ _OPTIONS = (
         metavar="DURATION",
         help="How long connections of a task that leaves may go on [default: 10s].",
     ),
+    click.option(
+        "--local-health-port",
+        metavar="PORT|none",
+        help="Where each node tells load balancers over HTTP whether it has replicas.",
+    ),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable."),
     click.option("--no-wait", is_flag=True, help="Do not wait for VIP and ports."),
 )
@@ -173,6 +178,8 @@ class Changes:
         """
         import msgspec
 
+        if spec.local_health_port and "local_health_port" in self.fields:
+            _check_health_port(spec.local_health_port, cluster, occupied)
         ports = tuple(
             port
             if port in known and not self.force
@@ -213,6 +220,21 @@ def _checked(
             return port
         raise errors.Conflict(f"--publish: {listener.refusal(place, *user)}")
     return msgspec.structs.replace(port, force=True)
+
+
+def _check_health_port(number: int, cluster: Cluster, occupied: Occupied) -> None:
+    """Raises Conflict for a port that nodes cannot listen on."""
+    from mesh.model import listener, protected
+    from mesh.model.publish import Protocol
+
+    place = (Protocol.TCP, number)
+    if protected.protection(cluster, *place) is not None:
+        raise errors.Conflict(
+            f"--local-health-port: port {number}/tcp is protected: choose another one"
+        )
+    user = occupied.get(place)
+    if user is not None:
+        raise errors.Conflict(f"--local-health-port: {listener.refusal(place, *user)}")
 
 
 def changes(given: dict[str, Any]) -> Changes:
@@ -260,12 +282,28 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         with options.naming("--drain"):
             parse_duration(given["drain"])
         found["drain"] = given["drain"]
+    if given["local_health_port"] is not None:
+        with options.naming("--local-health-port"):
+            found["local_health_port"] = _port_or_none(given["local_health_port"])
     if given["zone_label"] is not None:
         with options.naming("--zone-label"):
             found["zone_label"] = check_label(given["zone_label"])
     if given["labels"]:
         found["labels"] = options.labels(given["labels"])
     return found
+
+
+def _port_or_none(text: str) -> Any:
+    """A port, or what stands for none in a record.  Raises ValueError."""
+    from msgspec import UNSET
+
+    from mesh.model.publish import PORTS
+
+    if text == "none":
+        return UNSET
+    if not (text.isascii() and text.isdigit() and int(text) in PORTS):
+        raise ValueError(f"{text!r} is no port: write 1-65535, or none")
+    return int(text)
 
 
 def _ports(given: dict[str, Any], name: str) -> tuple[PublishedPort, ...]:

@@ -92,6 +92,8 @@ def _of_service(seen: World, name: str) -> list[str]:
         if view.spec.vip != "none" and not view.vips:
             found.append("has no VIP yet")
         waiting = ports.warren(item for item in ports.assign(view) if not item.granted)
+        if view.spec.local_health_port and view.local_health is None:
+            waiting.append(f"{view.spec.local_health_port}/tcp (local health)")
         if waiting:
             found.append(f"waits for {', '.join(waiting)}")
     if view.tasks and not view.eligible(seen.alive):

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, assert_never
 
+from msgspec import UNSET
+
 from mesh.controller.picture import PORT_POOLS, Owner, Place, Pool, Record
 from mesh.model import protected, spans
-from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
+from mesh.model.allocation import LOCAL_HEALTH, NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.publish import Protocol, PublishMode
 from mesh.model.report import Problem
 from mesh.vip import allocator
@@ -53,6 +55,7 @@ def decide(picture: Picture, cluster: Cluster, owner: Owner) -> Decision:
             _choose_number(choice, cluster)
         case "services" if claimant.spec is not None:
             _choose_vip(choice, cluster, claimant.spec)
+            _choose_health_port(choice, cluster, claimant.spec)
             for protocol in Protocol:
                 _choose_static_ports(choice, cluster, claimant.spec, protocol)
                 _choose_dynamic_ports(choice, cluster, claimant.spec, protocol)
@@ -231,6 +234,19 @@ def _choose_static_ports(
             choice.keep(place, PortAllocation(service=spec.name, target=port.target))
         else:
             choice.refuse(place, about, f"port {about}", "publish another port")
+
+
+def _choose_health_port(choice: _Choice, cluster: Cluster, spec: ServiceSpec) -> None:
+    port = spec.local_health_port
+    if port is UNSET:
+        return
+    place, about = Place(PORT_POOLS[Protocol.TCP], port), f"{port}/tcp"
+    if protected.protection(cluster, Protocol.TCP, port) is not None:
+        choice.problem(about, f"local health port {about} is protected; choose another one")
+    elif choice.is_obtainable(place):
+        choice.keep(place, PortAllocation(service=spec.name, target=LOCAL_HEALTH))
+    else:
+        choice.refuse(place, about, f"local health port {about}", "choose another one")
 
 
 def _choose_dynamic_ports(

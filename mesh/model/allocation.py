@@ -6,6 +6,7 @@ There are tens of thousands: the name of a service is one text for all of its re
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 import msgspec
 
@@ -31,8 +32,15 @@ class VipAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", g
         msgspec.structs.force_setattr(self, "service", sys.intern(self.service))
 
 
+LOCAL_HEALTH: Final = 0
+"""The target of a port on which nodes tell whether they have replicas of the service."""
+
+
 class PortAllocation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False):
-    """Owner of a published ingress port; protocol and port are in the key."""
+    """Owner of a published ingress port; protocol and port are in the key.
+
+    `target` 0: nothing is published there, the nodes themselves tell of the service.
+    """
 
     service: str
     target: int

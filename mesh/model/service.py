@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from mesh.model.address import parse_address, parse_prefix
 from mesh.model.health import CheckType, HealthCheck
 from mesh.model.names import NO_LABELS, check_label, check_name, parse_duration
-from mesh.model.publish import Protocol, PublishedPort, PublishMode
+from mesh.model.publish import PORTS, Protocol, PublishedPort, PublishMode
 
 MOST_PORTS: Final = 10_240
 """Published ports of one service: with more, its record is beyond the 1.5 MiB that etcd takes."""
@@ -54,7 +54,7 @@ class ServiceSpec(
     """What a user or an automation asks for, as it stands in etcd.
 
     `vip` is "auto", "none" or an IPv4 address of the VIP range; `zone_label` the label of nodes
-    whose value is their zone.
+    whose value is their zone.  On `local_health_port` each node tells whether it has replicas.
     """
 
     name: str
@@ -64,6 +64,7 @@ class ServiceSpec(
     source: Source = Source.PRESERVE
     prefer: Prefer = Prefer.ANY
     zone_label: str | UnsetType = UNSET
+    local_health_port: int | UnsetType = UNSET
     health: HealthCheck | None = None
     allow: tuple[str, ...] = ()
     drain: str = "10s"
@@ -79,6 +80,7 @@ class ServiceSpec(
         if self.zone_label is not UNSET:
             check_label(self.zone_label)
         self._check_ports()
+        self._check_local_health()
         for field in ("name", "vip", "drain"):  # one text for all records that say it
             msgspec.structs.force_setattr(self, field, sys.intern(getattr(self, field)))
         if not self.labels:
@@ -116,6 +118,16 @@ class ServiceSpec(
         if self.health is not None and self.health.port is not None:
             return self.health.port
         return next((p.target for p in self.ports if p.protocol is Protocol.TCP), None)
+
+    def _check_local_health(self) -> None:
+        port = self.local_health_port
+        if port is UNSET:
+            return
+        if port not in PORTS:
+            raise ValueError(f"localHealthPort {port} is not in 1-65535")
+        for other in self.ports:
+            if (other.published, other.protocol) == (port, Protocol.TCP):
+                raise ValueError(f"localHealthPort {port} is published, too: {other}")
 
     def _check_ports(self) -> None:
         if len(self.ports) > MOST_PORTS:

@@ -39,7 +39,8 @@ class ServiceView(msgspec.Struct, frozen=True, gc=False):
 
     `healthy` names the tasks that pass the service's check, if it has one; `host_ports` are the
     tasks and published ports of host mode that this node's claims granted, `draining` the nodes
-    whose tasks are to get no new connections.
+    whose tasks are to get no new connections.  `local_health` is the port that the controller gave
+    it for nodes to tell on whether they have any that may.
     """
 
     spec: ServiceSpec
@@ -49,6 +50,7 @@ class ServiceView(msgspec.Struct, frozen=True, gc=False):
     healthy: frozenset[str] = frozenset()
     host_ports: frozenset[HostClaim] = frozenset()
     draining: frozenset[str] = frozenset()
+    local_health: int | None = None
 
     def eligible(self, live: Container[str]) -> tuple[Task, ...]:
         """The tasks that may be given new connections, while these nodes are alive."""

@@ -30,6 +30,11 @@ def preferred(tasks: tuple[Task, ...], spec: ServiceSpec, node: NodeView) -> tup
             assert_never(spec.prefer)
 
 
+def local(service: ServiceView, node: NodeView) -> tuple[Task, ...]:
+    """The replicas on `node` itself that may be given new connections."""
+    return _local(service.eligible(node.live), node)
+
+
 def told(service: ServiceView, node: NodeView) -> str:
     """The preference and what it comes to on `node`, for people; "" if there is none."""
     spec = service.spec

@@ -6,6 +6,7 @@ of the nodes as it found them: n1 and n2 in zone a, n3 in zone b.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from mesh.lab import environment
+from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.cluster import (
     LIMIT,
@@ -22,9 +24,10 @@ from tests.support.cluster import (
     cluster,
     ingress,
     put,
+    until,
     until_served,
 )
-from tests.support.requests import REFUSED
+from tests.support.requests import REFUSED, born
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,3 +135,98 @@ async def test_a_local_replica_that_takes_no_connections_does_not_count(
     put(mesh, "maintenance/n1", {"state": "active"})
     await until_served(through(mesh, port, "n1"), {"a1"})
     mesh.remove(prefer)
+
+
+LOCAL: Final = 9100
+
+Told = tuple[int, dict[str, Any]] | str
+"""Status and body of an answer over HTTP, or what became of the connection."""
+
+
+async def asked(mesh: Cluster, client: str, address: str, port: int) -> Told:
+    """What a load balancer hears that asks after a node's health."""
+    loop = asyncio.get_running_loop()
+    with born(mesh.netns(client), address, Protocol.TCP) as own:
+        try:
+            async with asyncio.timeout(LIMIT):
+                await loop.sock_connect(own, (address, port))
+                await loop.sock_sendall(own, b"GET /any HTTP/1.1\r\nHost: x\r\n\r\n")
+                said = b""
+                while more := await loop.sock_recv(own, 4096):
+                    said += more
+        except OSError as error:
+            return type(error).__name__
+    head, _, body = said.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def overlay(mesh: Cluster, node: str) -> tuple[str, ...]:
+    """A node's addresses within the mesh."""
+    one = mesh.node(node)
+    return tuple(address for address in (one.overlay4, one.overlay6) if address is not None)
+
+
+async def until_health(mesh: Cluster, name: str, port: int, **nodes: int | None) -> None:
+    """Wait until nodes tell, on all addresses, of so many replicas, or refuse."""
+    wanted = {
+        (node, address): "ConnectionRefusedError"
+        if count is None
+        else (200 if count else 503, {"service": name, "node": node, "localReplicas": count})
+        for node, count in nodes.items()
+        for address in (*mesh.addresses(node), *overlay(mesh, node))
+    }
+    heard: dict[tuple[str, str], Told] = {}
+
+    async def told_so() -> bool:
+        for node, address in wanted:
+            client = "c1" if address in mesh.addresses(node) else node
+            heard[node, address] = await asked(mesh, client, address, port)
+        return heard == wanted
+
+    try:
+        await until(told_so)
+    except AssertionError:
+        raise AssertionError(f"heard {heard}, not {wanted}") from None
+
+
+async def test_nodes_tell_load_balancers_whether_they_have_replicas(mesh: Cluster) -> None:
+    mesh.service("lb", *ingress(8103), prefer="local-only", localHealthPort=LOCAL)
+    mesh.task("lb", "a1")
+    mesh.task("lb", "a2")
+    mesh.task("lb", "b1")
+    await mesh.allocated("lb")
+    await until_health(mesh, "lb", LOCAL, n1=2, n2=1, n3=0)
+
+    mesh.task("lb", "a1", state="draining")
+    mesh.task("lb", "b1", weight=0)
+    await until_health(mesh, "lb", LOCAL, n1=1, n2=0, n3=0)
+    put(mesh, "maintenance/n1", {"state": "draining"})
+    mesh.task("lb", "b1")
+    await until_health(mesh, "lb", LOCAL, n1=0, n2=1, n3=0)
+    put(mesh, "maintenance/n1", {"state": "active"})
+    await until_health(mesh, "lb", LOCAL, n1=1, n2=1, n3=0)
+
+    await mesh.kill("n2")
+    await until_health(mesh, "lb", LOCAL, n1=1, n2=None, n3=0)
+    await mesh.start_again("n2")
+    await until_health(mesh, "lb", LOCAL, n1=1, n2=1, n3=0)
+
+    mesh.remove("lb")
+    await until_health(mesh, "lb", LOCAL, n1=None, n2=None, n3=None)
+
+
+async def test_a_health_port_that_a_process_has_is_told_and_served_when_it_is_gone(
+    mesh: Cluster,
+) -> None:
+    there, _ = mesh.addresses("n3")
+    with born(mesh.netns("n3"), there, Protocol.TCP) as other:
+        other.bind((there, LOCAL + 1))
+        other.listen()
+        mesh.service("taken", *ingress(8104), localHealthPort=LOCAL + 1)
+        mesh.task("taken", "d1")
+        await mesh.allocated("taken")
+        await until(lambda: f"local health port {LOCAL + 1}/tcp" in mesh.problems("n3"))
+        await until_health(mesh, "taken", LOCAL + 1, n1=0, n2=0)
+    await until_health(mesh, "taken", LOCAL + 1, n1=0, n2=0, n3=1)
+    await until(lambda: "local health" not in mesh.problems("n3"))
+    mesh.remove("taken")

@@ -172,6 +172,24 @@ async def test_a_port_belongs_to_the_oldest_service_and_the_others_hear_of_it(
     assert await world.problems() == {"services/newest": ("8080/tcp",)}
 
 
+async def test_a_port_that_tells_of_local_health_belongs_to_one_service_like_any_other(
+    world: Allocations,
+) -> None:
+    await world.service("a", ingress(8080), local_health=9000)
+    await world.service("b", ingress(9000), local_health=8080)
+    await world.service("c", local_health=22)
+
+    async with world.controller():
+        await world.settled()
+        before, told = await world.ports(), await world.problems()
+        await world.service("a")
+        await world.settled()
+
+    assert before == {"tcp/8080": ("a", 80), "tcp/9000": ("a", 0)}
+    assert told == {"services/b": ("8080/tcp", "9000/tcp"), "services/c": ("22/tcp",)}
+    assert await world.ports() == {"tcp/8080": ("b", 0), "tcp/9000": ("b", 80)}
+
+
 async def test_tcp_and_udp_ports_are_different_ports(world: Allocations) -> None:
     await world.service("a", ingress(8080))
     await world.service("b", ingress(8080, protocol=Protocol.UDP))

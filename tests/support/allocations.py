@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET
+
 from mesh.controller.lead import lead
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
@@ -46,8 +48,10 @@ class Allocations:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    async def service(self, name: str, *ports: PublishedPort, vip: str = "auto") -> None:
-        spec = ServiceSpec(name=name, ports=ports, vip=vip)
+    async def service(
+        self, name: str, *ports: PublishedPort, vip: str = "auto", local_health: int | None = None
+    ) -> None:
+        spec = ServiceSpec(name=name, ports=ports, vip=vip, local_health_port=local_health or UNSET)
         await self.store.put(KEYS.service(name), encode(spec))
 
     async def node(self, name: str) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mesh.agent import admin, config
-from mesh.agent.admin import Admin, Reply
+from mesh.agent.admin import Admin
 from mesh.agent.config import AdminConfig
+from mesh.agent.http import Reply
 from mesh.errors import BadUsage
 
 if TYPE_CHECKING:

@@ -49,6 +49,26 @@ def test_create_writes_the_spec_that_the_options_say(cli: CommandLine) -> None:
     }
 
 
+def test_a_local_health_port_is_asked_for_and_given_up(cli: CommandLine) -> None:
+    create = ("service", "create", "web", "--local-health-port", "9000")
+    cli.allocate("other", 2, ("tcp", 9000, 80))
+    taken = cli.run(*create, "--no-wait")
+    protected = cli.run(*create[:-1], "22", "--no-wait")
+    wrong = cli.run(*create[:-1], "0")
+    both = cli.run(*create[:-1], "9001", "-p", "9001:80")
+
+    cli.ok(*create[:-1], "9001", "--no-wait")
+    asked = cli.get(KEYS.service("web"))["localHealthPort"]
+    cli.ok("service", "update", "web", "--local-health-port", "none", "--no-wait")
+
+    assert (taken.exit_code, protected.exit_code, wrong.exit_code, both.exit_code) == (4, 4, 2, 2)
+    assert "port 9000/tcp belongs to service 'other'" in taken.stderr
+    assert "port 22/tcp is protected" in protected.stderr
+    assert "is published, too" in both.stderr
+    assert asked == 9001
+    assert "localHealthPort" not in cli.get(KEYS.service("web"))
+
+
 def test_create_shows_the_vip_and_every_port_with_its_mode(cli: CommandLine) -> None:
     cli.allocate("web", 1, ("tcp", 8080, 80))
 
