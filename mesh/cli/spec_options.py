@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mesh.model.service import ServiceSpec
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+_AFFINITY = re.compile(r"(?:none|(client-ip)(?:/([0-9]{1,3}))?(?:,/([0-9]{1,3}))?)")
 
 _PORT = "[IP:][PUB[-END]:]CTR[-END][/PROTO]"
 
@@ -73,8 +76,8 @@ _OPTIONS = (
     click.option("--vip", metavar="auto|none|ADDRESS", help="The service's virtual address."),
     click.option(
         "--affinity",
-        type=click.Choice(["none", "client-ip"]),
-        help="Whether a client is kept on one replica.",
+        metavar="none|client-ip[/V4[,/V6]]",
+        help="Whether a client is kept on one replica, or all clients of a prefix are.",
     ),
     click.option(
         "--source",
@@ -261,10 +264,9 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
     from mesh.model.address import parse_address, parse_prefix
     from mesh.model.names import check_label, parse_duration
-    from mesh.model.service import Affinity, Prefer, Source
+    from mesh.model.service import Prefer, Source
 
     kinds: dict[str, Callable[[str], Any]] = {
-        "affinity": Affinity,
         "source": Source,
         "prefer": Prefer,
     }
@@ -282,6 +284,9 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         with options.naming("--drain"):
             parse_duration(given["drain"])
         found["drain"] = given["drain"]
+    if given["affinity"] is not None:
+        with options.naming("--affinity"):
+            found |= _affinity(given["affinity"])
     if given["local_health_port"] is not None:
         with options.naming("--local-health-port"):
             found["local_health_port"] = _port_or_none(given["local_health_port"])
@@ -291,6 +296,29 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     if given["labels"]:
         found["labels"] = options.labels(given["labels"])
     return found
+
+
+def _affinity(text: str) -> dict[str, Any]:
+    """The fields for client-ip/24,/64 and the like.  Raises ValueError."""
+    from msgspec import UNSET
+
+    from mesh.model.service import WHOLE_ADDRESS, Affinity, AffinityPrefix
+
+    match = _AFFINITY.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"{text!r}: write 'none', 'client-ip', or, for all clients of a prefix together, "
+            "client-ip/24 or client-ip/24,/64 (IPv4, IPv6)"
+        )
+    name, *lengths = match.groups()
+    kept = [
+        int(length) if length else whole for length, whole in zip(lengths, (32, 128), strict=True)
+    ]
+    prefix = AffinityPrefix(ipv4=kept[0], ipv6=kept[1])
+    return {
+        "affinity": Affinity(name or "none"),
+        "affinity_prefix": prefix if prefix != WHOLE_ADDRESS else UNSET,
+    }
 
 
 def _port_or_none(text: str) -> Any:

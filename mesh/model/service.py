@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from mesh.model.address import parse_address, parse_prefix
+from mesh.model.address import Family, parse_address, parse_prefix
 from mesh.model.health import CheckType, HealthCheck
 from mesh.model.names import NO_LABELS, check_label, check_name, parse_duration
 from mesh.model.publish import PORTS, Protocol, PublishedPort, PublishMode
@@ -28,6 +28,30 @@ class Affinity(enum.Enum):
 
     NONE = "none"
     CLIENT_IP = "client-ip"
+
+
+class AffinityPrefix(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
+):
+    """How much of a client's address ties it to a backend: those of one prefix share theirs."""
+
+    ipv4: int = 32
+    ipv6: int = 128
+
+    def __post_init__(self) -> None:
+        if self.ipv4 not in range(1, 33):
+            raise ValueError(f"affinity prefix /{self.ipv4} of IPv4 is not in /1-/32")
+        if self.ipv6 not in range(4, 129, 4):
+            raise ValueError(
+                f"affinity prefix /{self.ipv6} of IPv6 is not a multiple of 4 in /4-/128"
+            )
+
+    def length(self, family: Family) -> int:
+        """In bits."""
+        return self.ipv4 if family is Family.V4 else self.ipv6
+
+
+WHOLE_ADDRESS: Final = AffinityPrefix()
 
 
 class Source(enum.Enum):
@@ -61,6 +85,7 @@ class ServiceSpec(
     ports: tuple[PublishedPort, ...] = ()
     vip: str = "auto"
     affinity: Affinity = Affinity.NONE
+    affinity_prefix: AffinityPrefix | UnsetType = UNSET
     source: Source = Source.PRESERVE
     prefer: Prefer = Prefer.ANY
     zone_label: str | UnsetType = UNSET
@@ -79,6 +104,8 @@ class ServiceSpec(
         parse_duration(self.drain)
         if self.zone_label is not UNSET:
             check_label(self.zone_label)
+        if self.affinity_prefix is not UNSET and self.affinity is not Affinity.CLIENT_IP:
+            raise ValueError("affinityPrefix needs affinity client-ip")
         self._check_ports()
         self._check_local_health()
         for field in ("name", "vip", "drain"):  # one text for all records that say it
@@ -90,6 +117,11 @@ class ServiceSpec(
             raise ValueError(
                 f"health type {check.type.value} needs a port: the service has no target over TCP"
             )
+
+    @property
+    def affine_prefix(self) -> AffinityPrefix:
+        """How much of a client's address counts."""
+        return WHOLE_ADDRESS if self.affinity_prefix is UNSET else self.affinity_prefix
 
     @property
     def zone_key(self) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from mesh.model.publish import Protocol
-from mesh.model.service import Affinity, Source
+from mesh.model.service import WHOLE_ADDRESS, Affinity, AffinityPrefix, Source
 
 
 class Scope(enum.Enum):
@@ -51,6 +51,7 @@ class Forwarding(NamedTuple):
 
     `key` is stable for the life of the pool ("service/target/protocol"); the engine derives the
     frontend id in conntrack marks from it.  No backend of a family: refused at once there.
+    `prefix` is how much of a client's address its affinity goes by.
     """
 
     key: str
@@ -59,3 +60,4 @@ class Forwarding(NamedTuple):
     affinity: Affinity = Affinity.NONE
     source: Source = Source.PRESERVE
     allow: tuple[str, ...] = ()
+    prefix: AffinityPrefix = WHOLE_ADDRESS

@@ -59,7 +59,7 @@ def lower(forwarding: Forwarding, ids: Ids) -> Elements:
     for is_v6, sets in enumerate(_SETS):
         if keys[is_v6]:
             backends = [b for b in forwarding.backends if (":" in b.address) == is_v6]
-            mark, pool = _pool(forwarding, number, backends, layout)
+            mark, pool = _pool(forwarding, number, backends, layout, sets.family)
             for key in keys[is_v6]:
                 found[key] = mark
                 if key[0] == sets.vips:
@@ -88,11 +88,15 @@ def frontend_keys(frontends: Iterable[Frontend]) -> tuple[list[ElementKey], list
 
 
 def _pool(
-    forwarding: Forwarding, number: int, backends: list[Backend], layout: Layout
+    forwarding: Forwarding, number: int, backends: list[Backend], layout: Layout, family: Family
 ) -> tuple[bytes, list[Backend]]:
     """The mark of a pool's frontends in one family, and the backend in each of its slots."""
     affine = forwarding.affinity is Affinity.CLIENT_IP
-    pool = slots.hashed(backends) if affine else slots.weighted(backends)
+    if affine:
+        length = forwarding.prefix.length(family)
+        pool = slots.hashed(backends, slots.steps(length, family))
+    else:
+        pool = slots.weighted(backends)
     stays = forwarding.source is Source.MASQUERADE
     hashed = affine and bool(pool)
     return elements.mark_bytes(layout.frontend(number, len(pool), hashed, stays)), pool

@@ -294,7 +294,8 @@ def _size_chain(size: int, layout: Layout) -> Iterator[str]:
             ip, end = _IP[family], family.suffix
             draw = f"numgen random mod {slots_of}"
             if size & layout.hash:
-                draw = f"jhash {ip} saddr mod {slots_of} seed 0x{_SEED:x}"
+                source = _within(family, slots.prefix_length(slots_of, family))
+                draw = f"jhash {source} mod {slots_of} seed 0x{_SEED:x}"
             yield (
                 f"  meta nfproto ipv{end} meta l4proto {protocol.value} "
                 f"dnat {ip} to {mark} . {draw} map @targets{end}"
@@ -366,14 +367,22 @@ def _asked(line: str, parameters: Parameters, family: Family) -> Iterable[dict[s
 
 def _lengths(family: Family, layout: Layout) -> Iterator[dict[str, str]]:
     """Each length as it stands in a key, and the source masked to it."""
-    anywhere = "0.0.0.0" if family is Family.V4 else "::"
     for length in elements.PREFIX_LENGTHS[family]:
-        source = f"{_IP[family]} saddr"
-        if length < family.bits:
-            mask = ipaddress.ip_network(f"{anywhere}/{length}").netmask
-            source = f"({source} & {mask})"
-        at = {"length": f"0x{length << layout.shift:x}", "cut": f"0x{length:x}"}
-        yield {**at, "within": source}
+        source = _within(family, length)
+        yield {
+            "length": f"0x{length << layout.shift:x}",
+            "cut": f"0x{length:x}",
+            "within": f"({source})" if length < family.bits else source,
+        }
+
+
+def _within(family: Family, length: int) -> str:
+    """The source, masked to a prefix of a length."""
+    source = f"{_IP[family]} saddr"
+    if length == family.bits:
+        return source
+    anywhere = "0.0.0.0" if family is Family.V4 else "::"
+    return f"{source} & {ipaddress.ip_network(f'{anywhere}/{length}').netmask}"
 
 
 _BLOCKS: Final = [

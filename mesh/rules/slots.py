@@ -9,6 +9,7 @@ from functools import lru_cache, reduce
 from math import gcd
 from typing import TYPE_CHECKING, Final
 
+from mesh.model.address import Family
 from mesh.rules.marks import MAX_SLOTS
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from mesh.rules.forwarding import Backend
 
 HASH_SIZES: Final = (251, 1021)
-"""Slot counts of client-affine pools: primes, so that jhash spreads evenly (program.md 2)."""
+"""Slot counts of client-affine pools, less how many steps the prefix that counts is shorter than an
+address: the count tells that, too, wherever a packet is, and a hash is spread evenly over any."""
+
+_STEPS: Final = 32
+_STEP: Final = {Family.V4: 1, Family.V6: 4}
+"""Bits of a step in each family."""
 
 _SLOTS_EACH: Final = 20
 """A backend's share of clients then strays from the fair one by a fifth at most, typically."""
@@ -47,16 +53,29 @@ def _scaled(weights: list[int]) -> list[int]:
     return [1 + weight * room // total for weight in weights]
 
 
-def hashed(backends: Sequence[Backend]) -> list[Backend]:
+def steps(length: int, family: Family) -> int:
+    """How many slots a pool has less, where a prefix of this length ties a client to a backend."""
+    return (family.bits - length) // _STEP[family]
+
+
+def prefix_length(count: int, family: Family) -> int:
+    """How much of a client's address counts where a client-affine pool has `count` slots."""
+    less = next((size - count for size in HASH_SIZES if 0 <= size - count < _STEPS), 0)
+    return family.bits - less * _STEP[family]
+
+
+def hashed(backends: Sequence[Backend], less: int = 0) -> list[Backend]:
     """Slots for a draw by client address: filled by weighted rendezvous, so that losing one of n
     backends moves only its own clients (Thaler and Ravishankar, 1998).
 
     Between 12 and 13 backends the number of slots changes, and with it most clients' backend.
+    There are so many `less` as `steps` says.
     """
     live = sorted(b for b in backends if b.weight > 0)[:MAX_SLOTS]
     if not live:
         return []
     size = next((s for s in HASH_SIZES if s >= _SLOTS_EACH * len(live)), HASH_SIZES[-1])
+    size -= less
     best, *others = live
     chosen, highest = [best] * size, list(_scores(best)[:size])
     for backend in others:

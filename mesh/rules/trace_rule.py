@@ -233,14 +233,15 @@ class _Reader:
             slots = int(words.pop())
             slot = flow.slot
         else:
-            del words[-3:]  # ip saddr mod
+            del words[-2:]  # ip saddr
+            source = self._masked(flow.source)
+            words.pop()  # mod
             slots = int(words.pop())
             words.pop()  # seed
-            slot = jhash.slot(flow.source, int(words.pop(), 0), slots)
+            assert isinstance(source, bytes)
+            slot = jhash.slot(source, int(words.pop(), 0), slots)
             if flow.by_iptables:
-                slot = xtables_pools.slot_of(
-                    address.unpacked(flow.source), flow.ct_mark, flow.layout
-                )
+                slot = xtables_pools.slot_of(address.unpacked(source), flow.ct_mark, flow.layout)
         flow.draw = Draw(words[-2].removeprefix("@"), flow.ct_mark, slots, slot, kind == "jhash")
         return slot
 

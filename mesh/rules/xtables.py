@@ -240,13 +240,18 @@ def _marks(layout: Layout) -> dict[str, str]:
         "DENIED": empty | one,
         "NONE": layout.ct_mark & ~one,
     }
-    draw = f"--hmark-mod {DRAWS << layout.shift} --hmark-offset {one} --hmark-rnd 0x{DRAW_SEED:x}"
     ours = f"/0x{layout.ct_mark:x}" if layout.foreign else ""
     return {word: f"0x{mask:x}" for word, mask in bits.items()} | {
-        "DRAW": f"--hmark-tuple src {draw}",
+        "DRAW": f"--hmark-tuple src {draw(layout)}",
         "IS_PLAIN": f"0x{layout.plain:x}{ours}",
         "IS_EMPTY": f"0x{empty:x}{ours}",
     }
+
+
+def draw(layout: Layout) -> str:
+    """How HMARK draws: one of DRAWS, in the place of n."""
+    numbers = f"--hmark-mod {DRAWS << layout.shift} --hmark-offset {1 << layout.shift}"
+    return f"{numbers} --hmark-rnd 0x{DRAW_SEED:x}"
 
 
 def _self_bytecode(family: Family) -> str:

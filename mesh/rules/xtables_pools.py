@@ -17,7 +17,7 @@ from operator import xor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
-from mesh.rules import elements, ipsets, jhash, xtables
+from mesh.rules import elements, ipsets, jhash, xtables, xtables_draws
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -164,6 +164,9 @@ class Pools:
             guard = f"-m connmark --mark 0x{mark & mask:x}/0x{mask:x} "
             chosen = guard if len(pools) > 1 else ""
             if mark & layout.hash:
+                draws = xtables_draws.chains(mark, self._family, layout)
+                rules += [f"{chosen}{rule}" for rule in xtables_draws.jumps(draws, layout)]
+                found |= draws
                 buckets = _buckets(mark, pools[mark], layout)
                 rules += [f"{chosen}{rule}" for rule in _to_buckets(mark, buckets, layout)]
                 found |= buckets

@@ -104,6 +104,7 @@ def _forwarding(
             frontends=tuple(frontends),
             backends=backends,
             affinity=spec.affinity,
+            prefix=spec.affine_prefix,
             source=spec.source,
             allow=spec.allow,
         )

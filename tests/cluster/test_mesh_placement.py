@@ -27,7 +27,7 @@ from tests.support.cluster import (
     until,
     until_served,
 )
-from tests.support.requests import REFUSED, born
+from tests.support.requests import REFUSED, born, replicas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,6 +135,28 @@ async def test_a_local_replica_that_takes_no_connections_does_not_count(
     put(mesh, "maintenance/n1", {"state": "active"})
     await until_served(through(mesh, port, "n1"), {"a1"})
     mesh.remove(prefer)
+
+
+async def test_clients_of_a_prefix_have_one_replica_through_every_node(mesh: Cluster) -> None:
+    """The widest prefix there is: all clients of a family."""
+    everybody = {"ipv4": 1, "ipv6": 4}
+    await serve(mesh, "near", 8105, affinity="client-ip", affinityPrefix=everybody)
+    asks = mesh.from_outside(8105)
+    one, other = ([ask for ask in asks if (":" in ask.address) is v6] for v6 in (False, True))
+    kept, of_v6 = await replicas(one), await replicas(other)
+    (moved,) = kept
+
+    mesh.task("near", moved, state="draining")
+    await mesh.settled()
+    after = await replicas(one)
+    mesh.task("near", moved)
+    await mesh.settled()
+    again = await replicas(one)
+    mesh.remove("near")
+
+    assert (len(after), len(of_v6)) == (1, 1)
+    assert after < set(REPLICAS) - kept
+    assert again == kept
 
 
 LOCAL: Final = 9100

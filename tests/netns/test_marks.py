@@ -18,7 +18,7 @@ from mesh.dataplane import command, witness
 from mesh.dataplane.conntrack import Conntrack
 from mesh.model.address import FAMILIES, Family, nth
 from mesh.model.publish import Protocol
-from mesh.model.service import Affinity
+from mesh.model.service import WHOLE_ADDRESS, Affinity, AffinityPrefix
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from tests.support import drivers, rules
 from tests.support.echo import REFUSED, SILENCE, ask, ping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.netns
 
-WEB, SOLO, EMPTY, LIMITED, AFFINE, FINE, HOST = range(30080, 30087)
+WEB, SOLO, EMPTY, LIMITED, AFFINE, FINE, HOST, NEAR = range(30080, 30088)
 VIPS: Final = {
     port: tuple(nth(rules.CLUSTER.vips(family), number) for family in FAMILIES)
     for number, port in enumerate((WEB, SOLO, EMPTY), 1)
@@ -47,6 +47,7 @@ def _services() -> Iterator[Forwarding]:
     fine = tuple(structs.replace(backend, weight=2 if backend in one else 1) for backend in both)
     fine = tuple(structs.replace(backend, weight=100 * backend.weight - 1) for backend in fine)
     pools = {WEB: both, SOLO: one, EMPTY: (), LIMITED: one, AFFINE: both, FINE: fine, HOST: one}
+    pools[NEAR] = both
     for port, pool in pools.items():
         scope = Scope.NODE if port == HOST else Scope.INGRESS
         for protocol in Protocol:
@@ -57,7 +58,8 @@ def _services() -> Iterator[Forwarding]:
                     *(Frontend(Scope.VIP, vip, protocol, 80) for vip in VIPS.get(port, ())),
                 ),
                 pool,
-                affinity=Affinity.CLIENT_IP if port == AFFINE else Affinity.NONE,
+                affinity=Affinity.CLIENT_IP if port in (AFFINE, NEAR) else Affinity.NONE,
+                prefix=AffinityPrefix(ipv4=26, ipv6=64) if port == NEAR else WHOLE_ADDRESS,
                 allow=("198.51.100.0/24", "2001:db8:1::/48") if port == LIMITED else (),
             )
 
@@ -114,6 +116,9 @@ def test_everything_is_served_and_the_hosts_bits_are_kept(world: World, family: 
         ("client", "node", WEB, {"c1", "c2"}, "client"),
         ("client", "node", FINE, {"c1", "c2"}, "client"),
         ("client", "node", AFFINE, {"c1", "c2"}, "client"),
+        ("client", "node", NEAR, {"c1", "c2"}, "client"),
+        ("node", "node", NEAR, {"c1", "c2"}, "node"),
+        ("node", "peer", NEAR, {"c1", "c2"}, "node"),
         ("client", "node", HOST, {"c1"}, "client"),
         ("c2", "node", SOLO, {"c1"}, "c2"),
         ("c2", SOLO, 80, {"c1"}, "c2"),
@@ -177,6 +182,20 @@ def test_a_client_keeps_its_replica_with_affinity(world: World, family: Family) 
     assert all(len(answers) == 1 for answers in found.values())
     servers = Counter(answer.split()[0] for answers in found.values() for answer in answers)
     assert set(servers) == {"c1", "c2"}
+
+
+@BOTH
+def test_clients_of_a_prefix_share_a_replica(world: World, family: Family) -> None:
+    sources = [pair[FAMILIES.index(family)] for pair in CROWD]
+
+    found = {
+        ask("client", protocol, address_of("node", family), NEAR, source=source)
+        for source in sources
+        for protocol in Protocol
+    }
+
+    assert len({answer.split()[0] for answer in found}) == 1
+    assert world.lost() == 0
 
 
 def test_what_is_written_is_read_back_and_others_read_the_same(world: World) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.model.address import FAMILIES, Family, nth
+from mesh.model.address import FAMILIES, Family, nth, packed
 from mesh.model.publish import Protocol
-from mesh.model.service import Affinity
+from mesh.model.service import Affinity, AffinityPrefix
 from mesh.rules import trace
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.trace import Entry, Packet, Path, Place, Verdict
@@ -56,6 +56,10 @@ def _services() -> Iterator[Forwarding]:
         affine = Frontend(Scope.INGRESS, None, protocol, 30085)
         pool = _backends("c1", "c2")
         yield Forwarding(f"affine/{protocol}", (affine,), pool, affinity=Affinity.CLIENT_IP)
+        near = Frontend(Scope.INGRESS, None, protocol, 30086)
+        some = AffinityPrefix(ipv4=31, ipv6=124)
+        policy = {"affinity": Affinity.CLIENT_IP, "prefix": some}
+        yield Forwarding(f"near/{protocol}", (near,), pool, **policy)  # type: ignore[arg-type]
         host = Frontend(Scope.NODE, None, protocol, 31000)
         yield Forwarding(f"host/{protocol}", (host,), _backends("c2"))
         here = tuple(Frontend(Scope.HOST_IP, a, protocol, 30081) for a in ADDRESSES["gateway"])
@@ -145,3 +149,25 @@ def test_the_trace_knows_which_replica_an_affine_client_gets(
 
     assert told == real
     assert {answer.split()[0] for answer in real.values()} == {"c1", "c2"}
+
+
+@pytest.mark.parametrize("protocol", Protocol, ids=lambda protocol: protocol.value)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"v{family.suffix}")
+def test_clients_of_one_prefix_have_the_replica_that_the_walk_names(
+    world: OneNode, place: Place, family: Family, protocol: Protocol
+) -> None:
+    index, there = FAMILIES.index(family), address_of("node", family)
+    told: dict[str, str] = {}
+    real: dict[str, str] = {}
+    by_prefix: dict[int, set[str]] = {}
+
+    for source in (pair[index] for pair in CROWD):
+        walked = trace.walk(Packet(source, there, protocol, 30086), place)
+        (told[source],) = expected(walked)
+        real[source] = ask("client", protocol, there, 30086, source=source)
+        prefix = packed(source)[-1] >> (1 if family is Family.V4 else 4)
+        by_prefix.setdefault(prefix, set()).add(real[source].split()[0])
+
+    assert told == real
+    assert len(by_prefix) == (8 if family is Family.V4 else 2)
+    assert all(len(servers) == 1 for servers in by_prefix.values())

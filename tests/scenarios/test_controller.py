@@ -172,9 +172,7 @@ async def test_a_port_belongs_to_the_oldest_service_and_the_others_hear_of_it(
     assert await world.problems() == {"services/newest": ("8080/tcp",)}
 
 
-async def test_a_port_that_tells_of_local_health_belongs_to_one_service_like_any_other(
-    world: Allocations,
-) -> None:
+async def test_a_local_health_port_belongs_to_one_service(world: Allocations) -> None:
     await world.service("a", ingress(8080), local_health=9000)
     await world.service("b", ingress(9000), local_health=8080)
     await world.service("c", local_health=22)

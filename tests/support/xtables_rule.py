@@ -317,13 +317,17 @@ def _connmark(words: list[str]) -> Act:
 
 
 def _hmark(words: list[str]) -> Act:
-    """xt_HMARK.c, for a tuple of the source alone."""
-    assert _option(words, "--hmark-tuple") == "src"
+    """xt_HMARK.c, for a tuple of the source alone, or of a prefix of it."""
+    length = int(_option(words, "--hmark-src-prefix", "128"))
+    assert _option(words, "--hmark-tuple", "src") == "src"
     numbers = (int(_option(words, f"--hmark-{name}"), 0) for name in ("mod", "offset", "rnd"))
     modulus, offset, seed = numbers
 
     def act(flow: Flow, _sets: Sets) -> str:
-        packed = address.packed(flow.source)
+        network = ipaddress.ip_network(
+            f"{flow.source}/{min(length, flow.family.bits)}", strict=False
+        )
+        packed = network.network_address.packed
         folded = reduce(xor, struct.unpack(f">{len(packed) // 4}I", packed))
         drawn = jhash.jhash(struct.pack("<3I", 0, folded, 0), seed)
         flow.mark = (drawn * modulus >> 32) + offset

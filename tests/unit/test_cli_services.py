@@ -49,6 +49,28 @@ def test_create_writes_the_spec_that_the_options_say(cli: CommandLine) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("client-ip", None),
+        ("client-ip/24", {"ipv4": 24, "ipv6": 128}),
+        ("client-ip/24,/64", {"ipv4": 24, "ipv6": 64}),
+        ("client-ip,/56", {"ipv4": 32, "ipv6": 56}),
+        ("client-ip/32,/128", None),
+    ],
+)
+def test_affinity_may_go_by_a_prefix(
+    cli: CommandLine, given: str, expected: dict[str, int] | None
+) -> None:
+    cli.ok("service", "create", "web", "--affinity", given, "--no-wait")
+
+    stored = cli.get(KEYS.service("web"))
+    assert stored["affinity"] == "client-ip"
+    assert stored.get("affinityPrefix") == expected
+    cli.ok("service", "update", "web", "--affinity", "none", "--no-wait")
+    assert "affinityPrefix" not in cli.get(KEYS.service("web"))
+
+
 def test_a_local_health_port_is_asked_for_and_given_up(cli: CommandLine) -> None:
     create = ("service", "create", "web", "--local-health-port", "9000")
     cli.allocate("other", 2, ("tcp", 9000, 80))

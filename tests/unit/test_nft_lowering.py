@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ApplyFailed
-from mesh.model.address import packed
+from mesh.model.address import FAMILIES, packed
 from mesh.model.cluster import Cluster
 from mesh.model.publish import Protocol
-from mesh.model.service import Affinity, Source
+from mesh.model.service import Affinity, AffinityPrefix, Source
 from mesh.rules import elements, marks, nft, slots
 from mesh.rules.forwarding import Backend, Forwarding, Frontend, Scope
 from mesh.rules.ids import Ids
@@ -221,6 +221,29 @@ def test_losing_a_backend_moves_only_its_own_clients(count: int) -> None:
     assert len(first) == len(second)
     assert all(a == b for a, b in zip(first, second, strict=True) if a != lost)
     assert lost not in second
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        (AffinityPrefix(), (251, 251)),
+        (AffinityPrefix(ipv4=24, ipv6=64), (243, 235)),
+        (AffinityPrefix(ipv4=1, ipv6=4), (220, 220)),
+    ],
+)
+def test_the_number_of_slots_tells_how_much_of_an_address_counts(
+    prefix: AffinityPrefix, expected: tuple[int, int]
+) -> None:
+    web = Forwarding(
+        "web", (INGRESS,), backends("10.0.1.2", "fd00::2"), Affinity.CLIENT_IP, prefix=prefix
+    )
+
+    found = nft.lower(web, Ids())
+    counts = tuple(sum(name == f"targets{f.suffix}" for name, _ in found) for f in FAMILIES)
+    lengths = [slots.prefix_length(n, f) for n, f in zip(counts, FAMILIES, strict=True)]
+
+    assert counts == expected
+    assert lengths == [prefix.ipv4, prefix.ipv6]
 
 
 def test_affine_slots_follow_the_weights() -> None:
