@@ -24,11 +24,11 @@ def heeding_labels(services: Mapping[str, ServiceSpec]) -> frozenset[str]:
 def local_ingress(
     services: Mapping[str, ServiceSpec], ports: Mapping[str, Iterable[IngressPort]]
 ) -> dict[str, frozenset[tuple[int, int]]]:
-    """Of those that answer on their replicas' nodes only: the protocols and numbers of their
-    ingress ports.
+    """Of those that do not answer alike on every node: the protocols and numbers of their ingress
+    ports here.
     """
     return {
         name: frozenset((p.protocol.number, p.published) for p in ports.get(name, ()))
         for name, spec in services.items()
-        if spec.prefer is Prefer.LOCAL_ONLY
+        if spec.prefer is Prefer.LOCAL_ONLY or spec.publish_on
     }

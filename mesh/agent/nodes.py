@@ -37,12 +37,14 @@ class Nodes:
         self._view = None
 
     def identified(self, name: str, node: Node | None) -> bool:
-        """A node has this identity; None: it has none any more.  Whether its labels changed."""
+        """A node has this identity; None: it has none any more.  Whether its traits changed."""
+        before = self.traits(name)
         if node is None:
             del self._known[name]
         else:
             self._known[name] = node
-        return self._label(name)
+        self._label(name)
+        return self.traits(name) != before
 
     def labelled(self, name: str, labels: Mapping[str, str]) -> bool:
         """Operators gave a node these labels; whether it has others than before."""
@@ -76,6 +78,12 @@ class Nodes:
     def labels(self) -> Mapping[str, Mapping[str, str]]:
         """The labels of every node that has, or had, any."""
         return self._labels
+
+    def traits(self, name: str) -> dict[str, str]:
+        """What a node may be selected by: its labels, and its own name and role."""
+        known = self._known.get(name)
+        role = {"role": known.role.value} if known is not None else {}
+        return {"node": name, **role, **self._labels.get(name, {})}
 
     def view(self) -> NodeView | None:
         """The own node, or None while it has no number."""

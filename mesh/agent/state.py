@@ -11,33 +11,29 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from mesh.agent import among
+from mesh.agent.allocations import Allocations
 from mesh.agent.drains import Drains
-from mesh.agent.ingress import IngressPorts
 from mesh.agent.nodes import Nodes
-from mesh.agent.vips import Vips
 from mesh.engine.desired import Touched
 from mesh.errors import InvalidRecord, clipped
 from mesh.health.verdicts import Verdicts
 from mesh.hostports.ports import HostPorts
-from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
-from mesh.model.maintenance import NodeLabels
 from mesh.model.policy import labels_of
-from mesh.model.publish import Protocol
 from mesh.model.report import Problem
-from mesh.model.view import IngressPort, ServiceView
+from mesh.model.view import ServiceView
 from mesh.policy.book import Policies
 from mesh.policy.plan import Labelled
 from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from mesh.model.cluster import NodeNetwork
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
-    from mesh.model.view import NodeView, PeerNode
+    from mesh.model.view import IngressPort, NodeView, PeerNode
     from mesh.rules import ended
     from mesh.rules.guards import Guards
     from mesh.store.protocol import KeyValue
@@ -78,23 +74,20 @@ class State:
         self._entries: dict[str, Entry] = {}
         self._leased: set[str] = set()
         self._services: dict[str, ServiceSpec] = {}
-        self._nodes = Nodes(node)
+        self.nodes = Nodes(node)
         self.drains = Drains(node)
         self._tasks: dict[str, dict[str, Entry]] = {}
-        self._vips = Vips()
-        self._ports = IngressPorts()
+        self._allocated = Allocations(node, self._services, self.nodes)
+        self._vips, self._ports = self._allocated.vips, self._allocated.ports
         self._readers: dict[str, tuple[_Parse, _Index]] = {
             "services": (schema.parse_service, self._index_service),
             "tasks": (schema.parse_task, self._index_task),
             "nodes": (schema.parse_node, self._index_node),
             "maintenance": (schema.parse_maintenance, self._index_maintenance),
-            "labels": (
-                lambda key, value: schema.decode(key, value, NodeLabels),
-                self._index_labels,
-            ),
+            "labels": (schema.parse_labels, self._index_labels),
             "alive": (lambda _key, _value: True, self._index_alive),
             "health": (schema.parse_health, self._index_health),
-            "allocations": (schema.parse_allocation, self._index_allocation),
+            "allocations": (schema.parse_allocation, self._allocated.changed),
             "cluster": (lambda key, value: schema.decode(key, value, Cluster), self._index_cluster),
             "published": (schema.parse_mappings, self._index_published),
             "policies": (schema.parse_policy, self._index_policy),
@@ -113,9 +106,18 @@ class State:
         # Events of two prefixes may arrive out of order; only a snapshot can go back.
         known = 0 if isinstance(event, Snapshot) else self.revision
         self.revision = max(known, event.revision)
+        services |= self._settle_ingress()
         for name in tuple(services):
             services.update(self._claim(name))
         return Touched(frozenset(services), nodes, policies)
+
+    def _settle_ingress(self) -> frozenset[str]:
+        """Decide who has the ingress ports that somebody won or lost; whom that touches."""
+        touched: set[str] = set()
+        for change in self._ports.settle(self.nodes.traits(self.node)):
+            touched.update(each for each in change[1:] if each is not None)
+            touched |= self.hostports.reserve(*change.port, change.now)
+        return frozenset(touched)
 
     def _applied(self, event: Snapshot | Changes) -> Iterable[Touched]:
         if isinstance(event, Snapshot):
@@ -136,7 +138,7 @@ class State:
         """Take the doubted keys for gone; what that touches."""
         self.doubting = False
         touched = [self._delete(key) for key in sorted(self.doubted)]
-        services = frozenset[str]().union(*(t.services for t in touched))
+        services = self._settle_ingress().union(*(t.services for t in touched))
         for name in services:
             services |= self._claim(name)
         return Touched(services, any(t.nodes for t in touched), any(t.policies for t in touched))
@@ -189,6 +191,7 @@ class State:
             del self._services[parts[1]]
         else:
             self._services[parts[1]] = new.record  # type: ignore[assignment]
+        self._ports.reconsider(parts[1:])
         self.drains.service(parts[1])
         concerned = self.policies.concern_service(was, now)  # type: ignore[arg-type]
         return Touched(frozenset(parts[1:]), nodes=False, policies=concerned)
@@ -209,20 +212,25 @@ class State:
         return Touched(frozenset(), nodes=False, policies=True)
 
     def _index_node(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
-        labels = self._nodes.identified(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
-        return Touched(among.heeding_labels(self._services) if labels else frozenset(), nodes=True)
+        labels = self.nodes.identified(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
+        return Touched(self._relabelled() if labels else frozenset(), nodes=True)
 
     def _index_labels(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         given = new.record.labels if new is not None else {}  # type: ignore[attr-defined]
-        if not self._nodes.labelled(parts[1], given):
+        if not self.nodes.labelled(parts[1], given):
             return _NOTHING
-        return Touched(among.heeding_labels(self._services), nodes=False)
+        return Touched(self._relabelled(), nodes=False)
+
+    def _relabelled(self) -> frozenset[str]:
+        services = among.heeding_labels(self._services)
+        self._ports.reconsider(services)
+        return services
 
     def _index_alive(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         name = parts[1]
         if name == self.node:
             return _NOTHING  # it is alive to itself
-        self._nodes.lives(name, alive=new is not None)
+        self.nodes.lives(name, alive=new is not None)
         return Touched(self._services_on(name), nodes=True)
 
     def _index_maintenance(
@@ -243,34 +251,13 @@ class State:
         was, now = (entry.record if entry is not None else () for entry in (old, new))
         return Touched(self.health.reported(parts[1], parts[2], was, now), nodes=False)  # type: ignore[arg-type]
 
-    def _index_allocation(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
-        services: set[str] = set()
-        nodes = False
-        for entry in (old, new):
-            held = True if entry is new else None
-            match entry.record if entry is not None else None:
-                case VipAllocation() as vip:
-                    services.add(vip.service)
-                    self._vips.allocated(int(parts[2]), vip, held=held is not None)
-                case PortAllocation() as port:
-                    services.add(port.service)
-                    ingress = IngressPort(Protocol(parts[2]), int(parts[3]), port.target)
-                    self._ports.allocated(port.service, ingress, held=held is not None)
-                    services |= self.hostports.reserve(*ingress[:2], port.service if held else None)
-                case NodeAllocation() as node:
-                    nodes = True
-                    self._nodes.numbered(node.node, int(parts[2]), held=held is not None)
-                case _:
-                    pass
-        return Touched(frozenset(services), nodes)
-
     def _index_published(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:
         if parts[1] == self.node:
             self.hostports.recorded(parts[2], new.record if new is not None else ())  # type: ignore[arg-type]
         return _NOTHING
 
     def _index_cluster(self, _parts: list[str], _old: Entry | None, _new: Entry | None) -> Touched:
-        self._nodes.confine(self.cluster)
+        self.nodes.confine(self.cluster)
         self._vips.confine(self.cluster)
         if self.cluster is not None:
             self.hostports.confine(self.cluster)
@@ -299,6 +286,7 @@ class State:
         """Records that cannot be read, and host ports that are somebody else's here."""
         yield from self.invalid.values()
         yield from self.hostports.problems()
+        yield from self._ports.problems()
 
     # ---- views
 
@@ -371,22 +359,17 @@ class State:
         """The ingress ports of a service that this node serves."""
         return self.hostports.occupied.admitted(service, self._ports.of(service))
 
-    @property
-    def labels(self) -> Mapping[str, Mapping[str, str]]:
-        """The labels of every node that has any."""
-        return self._nodes.labels
-
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
-        return self._nodes.view()
+        return self.nodes.view()
 
     def network(self, node: str) -> NodeNetwork | None:
         """The addresses of a node, or None while it has no number in the cluster."""
-        return self._nodes.network(node)
+        return self.nodes.network(node)
 
     def peers(self) -> dict[str, PeerNode]:
         """Every node with an identity and a number, this one included."""
-        return self._nodes.peers()
+        return self.nodes.peers()
 
 
 _NOTHING = Touched(frozenset(), nodes=False)
@@ -395,7 +378,7 @@ _DEPTHS = {
     "cluster": (1,),
     **dict.fromkeys(("nodes", "maintenance", "labels", "alive", "services", "policies"), (2,)),
     **dict.fromkeys(("tasks", "health", "published"), (3,)),
-    "allocations": (3, 4),
+    "allocations": (3, 4, 5),
 }
 
 

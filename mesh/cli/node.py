@@ -164,7 +164,7 @@ def describe(seen: World, name: str) -> dict[str, Any]:
     network, applied = seen.network(name), seen.applied.get(name)
     return {
         **msgspec.to_builtins(seen.nodes[name]),
-        "labels": seen.state.labels.get(name, {}),
+        "labels": seen.state.nodes.labels.get(name, {}),
         "number": network.number if network is not None else None,
         "overlay": list(network.overlay) if network is not None else [],
         "subnets": list(network.subnets) if network is not None else [],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from mesh import errors
-from mesh.cli import options, output, spec_options
+from mesh.cli import options, output, port_owners, spec_options
 
 if TYPE_CHECKING:
     from mesh.cli.options import Session
@@ -15,14 +15,9 @@ if TYPE_CHECKING:
     from mesh.cli.world import World
     from mesh.model.service import ServiceSpec
     from mesh.model.view import ServiceView
-    from mesh.store.protocol import Compare
 
 ALLOCATION_WAIT: Final = 3.0
 """Seconds that `create` waits for the controller: an election takes less."""
-
-
-_ONE_BY_ONE: Final = 16
-"""Ingress ports that are looked up one after the other; of more, all there are are read at once."""
 
 
 @click.group(cls=options.Noun)
@@ -84,10 +79,10 @@ async def _write_new(
     spec = changes.allowed(wanted, (), world.cluster(session), occupied)
     key = session.keys.service(spec.name)
     written = await session.store.transact(
-        (Compare(key, 0), *await _free_ports(session, spec)), (Put(key, schema.encode(spec)),)
+        (Compare(key, 0), *await port_owners.free(session, spec)), (Put(key, schema.encode(spec)),)
     )
     if not written.succeeded:
-        await _free_ports(session, spec)
+        await port_owners.free(session, spec)
         raise errors.Conflict(
             f"service {spec.name!r} exists: change it with `mesh service update`, or remove it "
             "with `mesh service rm`"
@@ -110,44 +105,12 @@ async def _replace(session: Session, name: str, changes: Changes) -> tuple[Servi
     occupied = await listeners.read(session)
     spec = changes.allowed(spec, old.ports, world.cluster(session), occupied)
     written = await session.store.transact(
-        (Compare(found.key, found.mod_revision), *await _free_ports(session, spec)),
+        (Compare(found.key, found.mod_revision), *await port_owners.free(session, spec)),
         (Put(found.key, schema.encode(spec)),),
     )
     if not written.succeeded:
         raise errors.Conflict(f"service {name!r} changed meanwhile: look at it and try again")
     return spec, written.revision
-
-
-async def _free_ports(session: Session, spec: ServiceSpec) -> list[Compare]:
-    """Conditions that say nobody else owns the spec's ingress ports.  Raises Conflict."""
-    from mesh.model.allocation import PortAllocation
-    from mesh.model.publish import Protocol, PublishMode
-    from mesh.store import schema
-    from mesh.store.protocol import MAX_OPERATIONS, Compare
-
-    keys = session.keys
-    wanted = {
-        keys.port_allocation(port.protocol.value, port.published): (
-            f"--publish: ingress port {port.published}/{port.protocol.value}"
-        )
-        for port in spec.ports
-        if port.mode is PublishMode.INGRESS and port.published is not None
-    }
-    if spec.local_health_port:
-        key = keys.port_allocation(Protocol.TCP.value, spec.local_health_port)
-        wanted[key] = f"--local-health-port: port {spec.local_health_port}/tcp"
-    if len(wanted) > _ONE_BY_ONE:
-        held = {item.key: item for item in (await session.store.list(keys.ports)).items}
-    else:
-        held = {key: item for key in wanted if (item := await session.store.get(key)) is not None}
-    for key in wanted.keys() & held.keys():
-        holder = schema.decode(key, held[key].value, PortAllocation).service
-        if holder != spec.name:
-            raise errors.Conflict(
-                f"{wanted[key]} belongs to service {holder!r}; choose another port, or remove it "
-                "there"
-            )
-    return [Compare(key, 0) for key in wanted.keys() - held.keys()][: MAX_OPERATIONS - 1]
 
 
 def _report(seen: World, spec: ServiceSpec, what: str, *, waited: bool) -> None:
@@ -273,6 +236,7 @@ def describe(seen: World, view: ServiceView) -> dict[str, Any]:
     return {
         "spec": view.spec,
         "vip": list(view.vips),
+        "publishedOn": seen.publishing(view),
         "endpoint": ports.endpoint(view, seen.state.cluster),
         "tasks": [task.describe(seen, item) for item in view.tasks],
         "problems": seen.problems_of(view.spec.name) + seen.problems_on_nodes(view.spec.name),

@@ -91,6 +91,12 @@ _OPTIONS = (
         "are any; its own only.",
     ),
     click.option(
+        "--publish-on",
+        metavar="SELECTOR",
+        help="The nodes on which published ports answer, by their labels: 'zone=a,role!=worker', "
+        "'zone in (a, b)', '!gpu'; '' for all.",
+    ),
+    click.option(
         "--zone-label",
         metavar="KEY",
         help="The label of nodes that says their zone [default: zone].",
@@ -263,7 +269,7 @@ def changes(given: dict[str, Any]) -> Changes:
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ServiceSpec that options were given for.  Raises BadUsage."""
     from mesh.model.address import parse_address, parse_prefix
-    from mesh.model.names import check_label, parse_duration
+    from mesh.model.names import parse_duration
     from mesh.model.service import Prefer, Source
 
     kinds: dict[str, Callable[[str], Any]] = {
@@ -284,15 +290,7 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
         with options.naming("--drain"):
             parse_duration(given["drain"])
         found["drain"] = given["drain"]
-    if given["affinity"] is not None:
-        with options.naming("--affinity"):
-            found |= _affinity(given["affinity"])
-    if given["local_health_port"] is not None:
-        with options.naming("--local-health-port"):
-            found["local_health_port"] = _port_or_none(given["local_health_port"])
-    if given["zone_label"] is not None:
-        with options.naming("--zone-label"):
-            found["zone_label"] = check_label(given["zone_label"])
+    found |= _placement(given)
     if given["labels"]:
         found["labels"] = options.labels(given["labels"])
     return found
@@ -319,6 +317,30 @@ def _affinity(text: str) -> dict[str, Any]:
         "affinity": Affinity(name or "none"),
         "affinity_prefix": prefix if prefix != WHOLE_ADDRESS else UNSET,
     }
+
+
+def _placement(given: dict[str, Any]) -> dict[str, Any]:
+    """Those that say where a service answers, and which replicas clients get."""
+    from msgspec import UNSET
+
+    from mesh.model import selector
+    from mesh.model.names import check_label
+
+    found: dict[str, Any] = {}
+    if given["affinity"] is not None:
+        with options.naming("--affinity"):
+            found |= _affinity(given["affinity"])
+    if given["local_health_port"] is not None:
+        with options.naming("--local-health-port"):
+            found["local_health_port"] = _port_or_none(given["local_health_port"])
+    if given["publish_on"] is not None:
+        with options.naming("--publish-on"):
+            selector.parse(given["publish_on"])
+        found["publish_on"] = given["publish_on"] or UNSET
+    if given["zone_label"] is not None:
+        with options.naming("--zone-label"):
+            found["zone_label"] = check_label(given["zone_label"])
+    return found
 
 
 def _port_or_none(text: str) -> Any:

@@ -21,6 +21,7 @@ from mesh.vip import eligibility
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mesh.agent.state import State
     from mesh.cli.engine import Engine
     from mesh.rules.dump import Rules
     from mesh.rules.trace import Trace
@@ -62,7 +63,7 @@ def trace(
         real = walking.walk(packet, _place(found.kernel, owners))
         if found.differences:
             output.warn("the program in the kernel is not as it should be: `mesh rules diff`")
-    placement = _placement(found, wanted.service) if found is not None else ""
+    placement = _placement(found, wanted) if found is not None else ""
     unread = found.unread if found is not None else f"as dumped: {rules.source}"
     _tell(rules, wanted, real, unread, placement)
     if real not in (None, wanted):
@@ -130,11 +131,24 @@ def _entry(source: str, rules: Rules) -> Entry:
 # ---- what is answered
 
 
-def _placement(found: Engine, service: str | None) -> str:
-    """Why the node chooses among these replicas and no others."""
-    view = found.state.service_view(service) if service is not None else None
-    node = found.state.node_view()
+def _placement(found: Engine, walked: Trace) -> str:
+    """Why the node chooses among these replicas and no others, or does not answer at all."""
+    service, node = walked.service, found.state.node_view()
+    if service is None:
+        return _elsewhere(found.state, walked.packet)
+    view = found.state.service_view(service)
     return eligibility.told(view, node) if view is not None and node is not None else ""
+
+
+def _elsewhere(known: State, packet: Packet) -> str:
+    """Which service has the port that a packet is for, on other nodes than this one."""
+    for name in sorted(known.services()):
+        view = known.service_view(name)
+        ports = view.spec.ports if view is not None and view.spec.publish_on else ()
+        if any((p.published, p.protocol) == (packet.port, packet.protocol) for p in ports):
+            assert view is not None
+            return f"service {name} publishes that port, on nodes with {view.spec.publish_on}"
+    return ""
 
 
 def _tell(rules: Rules, wanted: Trace, real: Trace | None, unread: str, placement: str) -> None:

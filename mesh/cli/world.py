@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from mesh import errors
 from mesh.agent import state
 from mesh.cli import output
+from mesh.model import selector
 from mesh.model.cluster import Cluster
 from mesh.model.listener import Listening
 from mesh.model.maintenance import Duty
@@ -158,6 +159,14 @@ class World:
             for problem in applied.problems
             if problem.about == names[0] or problem.about.endswith(names[1])
         )
+
+    def publishing(self, view: ServiceView) -> list[str]:
+        """The nodes on which a service's ingress ports are to answer."""
+        state, required = self.state, view.spec.selector
+        names = (
+            name for name in self.nodes if selector.matches(required, state.nodes.traits(name))
+        )
+        return sorted(names, key=natural)
 
     def serves(self, view: ServiceView, task: Task) -> bool:
         """Whether a task may be given new connections by some node of the cluster."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 
 from msgspec import UNSET
 
-from mesh.controller.picture import PORT_POOLS, Owner, Place, Pool, Record
+from mesh.controller.places import PORT_POOLS, Place, Pool, share
 from mesh.model import protected, spans
 from mesh.model.allocation import LOCAL_HEALTH, NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.publish import Protocol, PublishMode
@@ -19,7 +19,7 @@ from mesh.model.report import Problem
 from mesh.vip import allocator
 
 if TYPE_CHECKING:
-    from mesh.controller.picture import Picture
+    from mesh.controller.picture import Owner, Picture, Record
     from mesh.model.cluster import Cluster
     from mesh.model.service import ServiceSpec
 
@@ -88,6 +88,10 @@ class _Choice:
     def record(self, place: Place) -> Record | None:
         """What is written at a place that the owner holds."""
         return self._picture.taken[place.pool][place.number].record
+
+    def has(self, place: Place) -> bool:
+        """Whether the owner has the place."""
+        return place in self._held
 
     def is_obtainable(self, place: Place) -> bool:
         """Whether the owner has the place or may take it."""
@@ -217,21 +221,25 @@ def _explicit_vip(choice: _Choice, cluster: Cluster, vip: str) -> Place | None:
 def _choose_static_ports(
     choice: _Choice, cluster: Cluster, spec: ServiceSpec, protocol: Protocol
 ) -> None:
-    """Exactly the ports asked for; one that cannot be had does not hold up the others."""
+    """Exactly the ports asked for; one that cannot be had does not hold up the others.
+
+    Who selects nodes gets a share of a port, whoever else has one: nodes see to where they meet.
+    """
     for port in spec.ports:
         if port.mode is not PublishMode.INGRESS or port.protocol is not protocol:
             continue
         if port.published is None:
             continue
-        place, about = (
-            Place(PORT_POOLS[protocol], port.published),
-            f"{port.published}/{protocol.value}",
-        )
+        place = Place(PORT_POOLS[protocol], port.published)
+        about = f"{port.published}/{protocol.value}"
         guard = protected.protection(cluster, protocol, port.published)
         if guard is not None and not (guard.forcible and port.force):
             choice.problem(about, f"port {about} {guard.reason}")
-        elif choice.is_obtainable(place):
-            choice.keep(place, PortAllocation(service=spec.name, target=port.target))
+            continue
+        part = Place(share(PORT_POOLS[protocol], spec.name), port.published)
+        mine = part if spec.publish_on else place
+        if choice.is_obtainable(place) or choice.has(mine):
+            choice.keep(mine, PortAllocation(service=spec.name, target=port.target))
         else:
             choice.refuse(place, about, f"port {about}", "publish another port")
 

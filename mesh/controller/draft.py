@@ -18,7 +18,8 @@ from mesh.store import schema
 from mesh.store.protocol import MAX_BYTES, MAX_OPERATIONS, MAX_PART, Compare, Delete, Part, Put
 
 if TYPE_CHECKING:
-    from mesh.controller.picture import Owner, Picture, Place, Pool, Record
+    from mesh.controller.picture import Owner, Picture, Record
+    from mesh.controller.places import Place, Pool
 
     _Step = tuple[Compare, Put | Delete]
 

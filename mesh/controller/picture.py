@@ -9,7 +9,6 @@ There are tens of thousands of each: structs take half of what named tuples do.
 from __future__ import annotations
 
 import heapq
-import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
 
+from mesh.controller import places
+from mesh.controller.places import POOLS, PORT_POOLS, Place, Pool
 from mesh.errors import InvalidRecord
 from mesh.model.allocation import NodeAllocation, PortAllocation, VipAllocation
 from mesh.model.cluster import Cluster
 from mesh.model.listener import Listening
-from mesh.model.publish import Protocol
 from mesh.model.report import Status
 from mesh.model.service import ServiceSpec
 from mesh.store import schema
@@ -32,22 +32,7 @@ if TYPE_CHECKING:
     from mesh.store.protocol import Change, KeyValue
     from mesh.store.schema import Keys
 
-PortPool = Literal["tcp", "udp", "sctp"]
-Pool = Literal["nodes", "vips"] | PortPool
-PORT_POOLS: Final[Mapping[Protocol, PortPool]] = {
-    Protocol.TCP: "tcp",
-    Protocol.UDP: "udp",
-    Protocol.SCTP: "sctp",
-}
-POOLS: Final[tuple[Pool, ...]] = ("nodes", "vips", *PORT_POOLS.values())
 Record = NodeAllocation | VipAllocation | PortAllocation
-
-
-class Place(msgspec.Struct, frozen=True, order=True, gc=False):
-    """One number of one pool: what can be allocated once."""
-
-    pool: Pool
-    number: int
 
 
 class Owner(msgspec.Struct, frozen=True, order=True, gc=False):
@@ -92,8 +77,6 @@ UNREADABLE: Final = Status(problems=())
 LONGEST_REASON: Final = 400
 """Characters of a reason that are kept; etcd refuses requests above 1.5 MiB."""
 
-_CANONICAL: Final = re.compile(r"0|[1-9][0-9]{0,9}")
-
 
 @dataclass
 class Picture:
@@ -106,14 +89,15 @@ class Picture:
     """What this process holds of a key already: an equal record is not kept twice."""
     cluster: Cluster | None = None
     claimants: dict[Owner, Claimant] = field(default_factory=dict)
-    taken: dict[Pool, dict[int, Held]] = field(default_factory=lambda: {p: {} for p in POOLS})
+    taken: defaultdict[Pool, dict[int, Held]] = field(default_factory=lambda: defaultdict(dict))
     held: defaultdict[Owner, set[Place]] = field(default_factory=lambda: defaultdict(set))
     cursors: dict[Pool, int] = field(default_factory=dict)
     statuses: dict[Owner, Status] = field(default_factory=dict)
     listened: dict[str, frozenset[Place]] = field(default_factory=dict)
     """The ports on which processes of a node listen, by node."""
     occupied: Counter[Place] = field(default_factory=Counter)
-    """On how many nodes some process listens on a port."""
+    """On how many nodes some process listens on a port, and of how many services shares of it are.
+    """
     exhausted: set[Pool] = field(default_factory=set)
     """Pools found to be full, until a place of theirs is freed or the cluster changes."""
     flaws: dict[str, str] = field(default_factory=dict)
@@ -158,6 +142,9 @@ class Picture:
         before = self.taken[place.pool].get(place.number)
         if before is not None and before.owner != held.owner:
             self.release(place)
+            before = None
+        if before is None and places.whole(place.pool) != place.pool:
+            self.occupied[Place(places.whole(place.pool), place.number)] += 1
         self.taken[place.pool][place.number] = held
         if held.owner is not None:
             self.held[held.owner].add(place)
@@ -171,8 +158,13 @@ class Picture:
             self.held[before.owner].discard(place)
             if not self.held[before.owner]:
                 del self.held[before.owner]
-        self.exhausted.discard(place.pool)
-        for resource in (place, place.pool):
+        pool = places.whole(place.pool)
+        if pool != place.pool:
+            self._unoccupied(Place(pool, place.number))
+            if not self.taken[place.pool]:
+                del self.taken[place.pool]
+        self.exhausted.discard(pool)
+        for resource in (place, pool):
             for owner in tuple(self._waiting.get(resource, ())):
                 self.mark(owner)
 
@@ -208,13 +200,7 @@ class Picture:
 
     def key_of(self, place: Place) -> str:
         """The etcd key of an allocation."""
-        match place.pool:
-            case "nodes":
-                return self.keys.node_allocation(place.number)
-            case "vips":
-                return self.keys.vip_allocation(place.number)
-            case "tcp" | "udp" | "sctp":
-                return self.keys.port_allocation(place.pool, place.number)
+        return places.key(self.keys, place)
 
     def key_of_owner(self, owner: Owner) -> str:
         """The etcd key of a node's or a service's own record."""
@@ -230,9 +216,9 @@ class Picture:
             case ["services" | "nodes" as kind, *name]:
                 self._put_claimant(Owner(kind, "/".join(name)), item)
             case ["allocations", "cursors", pool] if pool in POOLS:
-                self.cursors[pool] = _number(item.value.decode(errors="replace")) or 0
+                self.cursors[pool] = places.number(item.value.decode(errors="replace")) or 0
             case ["allocations", *rest]:
-                place = _place(rest)
+                place = places.parse(rest)
                 if place is not None:
                     self._put_allocation(place, item)
             case ["status", "services" | "nodes" as kind, *name]:
@@ -254,7 +240,7 @@ class Picture:
             case ["allocations", "cursors", pool] if pool in POOLS:
                 self.cursors.pop(pool, None)
             case ["allocations", *rest]:
-                place = _place(rest)
+                place = places.parse(rest)
                 if place is not None:
                     self._mark_holder(place)
                     self.release(place)
@@ -314,7 +300,7 @@ class Picture:
                         item.key, schema.decode(item.key, item.value, VipAllocation)
                     )
                     owner = Owner("services", record.service)
-                case "tcp" | "udp" | "sctp":
+                case _:
                     record = self._same(
                         item.key, schema.decode(item.key, item.value, PortAllocation)
                     )
@@ -356,14 +342,17 @@ class Picture:
         if places:
             self.listened[node] = places
         self.occupied.update(places - before)
-        self.occupied.subtract(before - places)
         for place in before - places:
-            if not self.occupied[place]:
-                del self.occupied[place]
+            self._unoccupied(place)
         for pool in {place.pool for place in before - places}:
             self.exhausted.discard(pool)
             for owner in tuple(self._waiting.get(pool, ())):
                 self.mark(owner)
+
+    def _unoccupied(self, place: Place) -> None:
+        self.occupied[place] -= 1
+        if not self.occupied[place]:
+            del self.occupied[place]
 
     def _mark_holder(self, place: Place) -> None:
         held = self.taken[place.pool].get(place.number)
@@ -376,23 +365,6 @@ def _parts(keys: Keys, key: str) -> list[str]:
     return [sys.intern(part) for part in key.removeprefix(keys.prefix + "/").split("/")]
 
 
-def _place(parts: list[str]) -> Place | None:
-    """The place an allocation's key names; None for a key that is none of ours."""
-    match parts:
-        case ["nodes" | "vips" as pool, text]:
-            pass
-        case ["ports", "tcp" | "udp" | "sctp" as pool, text]:
-            pass
-        case _:
-            return None
-    number = _number(text)
-    return None if number is None else Place(pool, number)
-
-
 def _clipped(reason: str) -> str:
     """A reason that fits into a record: it may quote whatever somebody wrote."""
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
-
-
-def _number(text: str) -> int | None:
-    return int(text) if _CANONICAL.fullmatch(text) else None

@@ -5,15 +5,19 @@ from __future__ import annotations
 import enum
 import sys
 from collections import defaultdict
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from mesh.model import selector
 from mesh.model.address import Family, parse_address, parse_prefix
 from mesh.model.health import CheckType, HealthCheck
 from mesh.model.names import NO_LABELS, check_label, check_name, parse_duration
 from mesh.model.publish import PORTS, Protocol, PublishedPort, PublishMode
+
+if TYPE_CHECKING:
+    from mesh.model.selector import Selector
 
 MOST_PORTS: Final = 10_240
 """Published ports of one service: with more, its record is beyond the 1.5 MiB that etcd takes."""
@@ -79,6 +83,7 @@ class ServiceSpec(
 
     `vip` is "auto", "none" or an IPv4 address of the VIP range; `zone_label` the label of nodes
     whose value is their zone.  On `local_health_port` each node tells whether it has replicas.
+    `publish_on` selects the nodes on which published ports answer (mesh.model.selector).
     """
 
     name: str
@@ -90,6 +95,7 @@ class ServiceSpec(
     prefer: Prefer = Prefer.ANY
     zone_label: str | UnsetType = UNSET
     local_health_port: int | UnsetType = UNSET
+    publish_on: str | UnsetType = UNSET
     health: HealthCheck | None = None
     allow: tuple[str, ...] = ()
     drain: str = "10s"
@@ -102,6 +108,9 @@ class ServiceSpec(
         for prefix in self.allow:
             parse_prefix(prefix)
         parse_duration(self.drain)
+        if not self.publish_on:  # of all nodes
+            msgspec.structs.force_setattr(self, "publish_on", UNSET)
+        selector.parse(self.publish_on or "")
         if self.zone_label is not UNSET:
             check_label(self.zone_label)
         if self.affinity_prefix is not UNSET and self.affinity is not Affinity.CLIENT_IP:
@@ -131,7 +140,12 @@ class ServiceSpec(
     @property
     def heeds_labels(self) -> bool:
         """Whether labels of nodes say what it comes to."""
-        return self.prefer is Prefer.ZONE
+        return self.prefer is Prefer.ZONE or bool(self.publish_on)
+
+    @property
+    def selector(self) -> Selector:
+        """What is required of nodes on which published ports answer."""
+        return selector.parse(self.publish_on) if self.publish_on else ()
 
     @property
     def drain_seconds(self) -> float:

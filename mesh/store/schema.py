@@ -92,6 +92,15 @@ class Keys:
         """The owner of an ingress port."""
         return f"{self.prefix}/allocations/ports/{protocol}/{port}"
 
+    def port_share(self, protocol: str, port: int, service: str) -> str:
+        """An ingress port that a service has on the nodes that it selects."""
+        return f"{self.prefix}/allocations/shares/{protocol}/{port}/{service}"
+
+    @property
+    def shares(self) -> str:
+        """The prefix of all ingress ports of services that select nodes."""
+        return f"{self.prefix}/allocations/shares/"
+
     @property
     def ports(self) -> str:
         """The prefix of the owners of all ingress ports."""
@@ -196,6 +205,11 @@ def parse_maintenance(key: str, value: bytes) -> Maintenance:
     return decode(key, value, Maintenance)
 
 
+def parse_labels(key: str, value: bytes) -> NodeLabels:
+    """The labels that operators gave a node."""
+    return decode(key, value, NodeLabels)
+
+
 def parse_allocation(
     key: str, value: bytes
 ) -> NodeAllocation | VipAllocation | PortAllocation | None:
@@ -211,6 +225,13 @@ def parse_allocation(
             if parse_index(key) not in PORTS:
                 raise InvalidRecord(key, "the key does not end in a port (1-65535)")
             return decode(key, value, PortAllocation)
+        case ["shares", protocol, _, service] if protocol in _PROTOCOLS:
+            if parse_index(key.rpartition("/")[0]) not in PORTS:
+                raise InvalidRecord(key, "the key does not name a port (1-65535)")
+            found = decode(key, value, PortAllocation)
+            if found.service != service:
+                raise InvalidRecord(key, f"service {found.service!r} differs from the key")
+            return found
     return None
 
 

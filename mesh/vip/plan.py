@@ -42,7 +42,8 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
             found += _forwarding(service.spec, key, vip, _backends(tasks, target))
             found += _forwarding(service.spec, f"{key}/local", local, _backends(chosen, target))
         else:
-            ingress = [Frontend(Scope.INGRESS, None, protocol, port) for port in ports]
+            scope = Scope.NODE if service.spec.publish_on else Scope.INGRESS
+            ingress = [Frontend(scope, None, protocol, port) for port in ports]
             found += _forwarding(service.spec, key, vip + ingress, _backends(chosen, target))
     return tuple(found)
 

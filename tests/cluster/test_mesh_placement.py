@@ -27,7 +27,7 @@ from tests.support.cluster import (
     until,
     until_served,
 )
-from tests.support.requests import REFUSED, born, replicas
+from tests.support.requests import REFUSED, SPOKEN, born, replicas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,17 @@ async def serve(mesh: Cluster, name: str, published: int, **fields: object) -> N
     mesh.service(name, *ingress(published), **fields)
     for replica in REPLICAS:
         mesh.task(name, replica)
-    await mesh.allocated(name)
+    if "publishOn" in fields:
+        await shared(mesh, name, published)
+    else:
+        await mesh.allocated(name)
+
+
+async def shared(mesh: Cluster, name: str, published: int) -> None:
+    """Wait until a service was given a port on the nodes that it selects."""
+    keys = [f"allocations/shares/{p.value}/{published}/{name}" for p in SPOKEN]
+    await until(lambda: all(mesh.records.get(key) is not None for key in keys))
+    await until(lambda: bool(mesh.vips(name)))
 
 
 def through(mesh: Cluster, published: int, *nodes: str) -> list[Ask]:
@@ -157,6 +167,64 @@ async def test_clients_of_a_prefix_have_one_replica_through_every_node(mesh: Clu
     assert (len(after), len(of_v6)) == (1, 1)
     assert after < set(REPLICAS) - kept
     assert again == kept
+
+
+async def test_published_ports_answer_on_selected_nodes_only(mesh: Cluster) -> None:
+    await serve(mesh, "some", 8106, publishOn="zone=a")
+    await until_served(through(mesh, 8106, "n1", "n2"), set(REPLICAS))
+    await until_served(through(mesh, 8106, "n3"), {REFUSED})
+    await until_served(inside(mesh, "some", "d2"), set(REPLICAS))
+    from_n3 = TIMES * mesh.asks(("d2", "n3"), mesh.addresses("n1"), 8106)
+    await until_served(from_n3, set(REPLICAS))
+    there, _ = mesh.addresses("n3")
+    source, _ = mesh.addresses("c1")
+    shown = told(mesh, "n3", "trace", source, f"{there}:8106")
+    with born(mesh.netns("n3"), there, Protocol.TCP) as other:
+        other.bind((there, 8106))  # is nobody's here
+
+    label(mesh, "n3", zone="a")
+    label(mesh, "n1", zone="b")
+    await until_served(through(mesh, 8106, "n2", "n3"), set(REPLICAS))
+    await until_served(through(mesh, 8106, "n1"), {REFUSED})
+    for node, zone in ZONES.items():
+        label(mesh, node, zone=zone)
+    await mesh.settled()
+    mesh.remove("some")
+
+    assert shown["placement"] == "service some publishes that port, on nodes with zone=a"
+
+
+async def test_two_services_have_one_port_on_different_nodes(mesh: Cluster) -> None:
+    for name, selector, members in (("west", "zone=a", ("a1", "b1")), ("east", "side=e", ("d1",))):
+        mesh.service(name, *ingress(8107), publishOn=selector)
+        for replica in members:
+            mesh.task(name, replica)
+        await shared(mesh, name, 8107)
+    label(mesh, "n3", side="e")
+    await until_served(through(mesh, 8107, "n1", "n2"), {"a1", "b1"})
+    await until_served(through(mesh, 8107, "n3"), {"d1"})
+
+    label(mesh, "n3", side="e", zone="a")
+    label(mesh, "n1", side="e")
+    await until_served(through(mesh, 8107, "n2", "n3"), {"a1", "b1"})
+    await until_served(through(mesh, 8107, "n1"), {"d1"})
+    lost = "port 8107/tcp on node n3 belongs to service west"
+    await until(lambda: lost in mesh.problems("n3"))
+    unlabelled = mesh.problems("n1")
+    await mesh.kill("n3")
+    await mesh.start_again("n3")
+    await until_served(through(mesh, 8107, "n3"), {"a1", "b1"})
+
+    mesh.remove("west")
+    await until_served(through(mesh, 8107, "n1", "n3"), {"d1"})
+    await until_served(through(mesh, 8107, "n2"), {REFUSED})
+    await until(lambda: lost not in mesh.problems("n3"))
+    for node, zone in ZONES.items():
+        label(mesh, node, zone=zone)
+    await mesh.settled()
+    mesh.remove("east")
+
+    assert "8107" not in unlabelled
 
 
 LOCAL: Final = 9100

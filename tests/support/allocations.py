@@ -49,9 +49,20 @@ class Allocations:
         self.store = store
 
     async def service(
-        self, name: str, *ports: PublishedPort, vip: str = "auto", local_health: int | None = None
+        self,
+        name: str,
+        *ports: PublishedPort,
+        vip: str = "auto",
+        local_health: int | None = None,
+        publish_on: str | None = None,
     ) -> None:
-        spec = ServiceSpec(name=name, ports=ports, vip=vip, local_health_port=local_health or UNSET)
+        spec = ServiceSpec(
+            name=name,
+            ports=ports,
+            vip=vip,
+            local_health_port=local_health or UNSET,
+            publish_on=publish_on or UNSET,
+        )
         await self.store.put(KEYS.service(name), encode(spec))
 
     async def node(self, name: str) -> None:
@@ -72,6 +83,13 @@ class Allocations:
             assert record.addresses == (f"10.1.0.{index}", f"fd00:1:0:f000::{index}")
             found[record.service] = (*found.get(record.service, ()), index)
         return found
+
+    async def shares(self) -> dict[str, int]:
+        """The ports of services that select nodes, and where they lead."""
+        return {
+            item.key.removeprefix(KEYS.shares): decode(item.key, item.value, PortAllocation).target
+            for item in (await self.store.list(KEYS.shares)).items
+        }
 
     async def ports(self) -> dict[str, tuple[str, int]]:
         return {

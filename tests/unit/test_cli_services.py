@@ -71,6 +71,31 @@ def test_affinity_may_go_by_a_prefix(
     assert "affinityPrefix" not in cli.get(KEYS.service("web"))
 
 
+def test_a_port_is_refused_where_nodes_are_selected_that_another_service_selects(
+    cli: CommandLine,
+) -> None:
+    create = ("service", "create", "east", "-p", "8080:80", "--publish-mode", "ingress")
+    cli.put(KEYS.labels("n1"), {"labels": {"zone": "a", "disk": "ssd"}})
+    cli.put(KEYS.labels("n2"), {"labels": {"zone": "b"}})
+    cli.ok("service", "create", "west", *create[3:], "--publish-on", "zone=a", "--no-wait")
+    cli.put(KEYS.port_share("tcp", 8080, "west"), {"service": "west", "target": 80})
+
+    everywhere = cli.run(*create, "--no-wait")
+    common = cli.run(*create, "--publish-on", "disk", "--no-wait")
+    wrong = cli.run(*create, "--publish-on", "zone=")
+    cli.ok(*create, "--publish-on", "zone=b", "--no-wait")
+    shown = cli.json("service", "inspect", "east")
+    widened = cli.run("service", "update", "east", "--publish-on", "", "--no-wait")
+
+    assert (everywhere.exit_code, common.exit_code, wrong.exit_code) == (4, 4, 2)
+    assert "port 8080/tcp belongs to service 'west' on n1" in everywhere.stderr
+    assert "port 8080/tcp belongs to service 'west' on n1" in common.stderr
+    assert "--publish-on: selector 'zone='" in wrong.stderr
+    assert shown["spec"]["publishOn"] == "zone=b"
+    assert shown["publishedOn"] == ["n2"]
+    assert widened.exit_code == 4
+
+
 def test_a_local_health_port_is_asked_for_and_given_up(cli: CommandLine) -> None:
     create = ("service", "create", "web", "--local-health-port", "9000")
     cli.allocate("other", 2, ("tcp", 9000, 80))

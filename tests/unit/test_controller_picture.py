@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.controller.picture import Held, Owner, Picture, Place
+from mesh.controller.picture import Held, Owner, Picture
+from mesh.controller.places import Place
 from mesh.model.allocation import VipAllocation
 from mesh.model.service import ServiceSpec
 from mesh.store.protocol import Change, KeyValue
