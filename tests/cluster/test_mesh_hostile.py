@@ -98,7 +98,8 @@ async def test_garbage_is_passed_over_and_told(mesh: Cluster, traffic: Stream) -
         "nonsense", "services/", "tasks/web/", "tasks//", "tasks/web/a/b/c", "allocations/vips/-1",
         "allocations/vips/99999999999999999999", "allocations/ports/tcp/0",
         "allocations/ports/dccp/80", "allocations/none/1", "services/\x1b[31m\nred", "services/é☃",
-        "nodes/../n1", "services/a\x00b",
+        "nodes/../n1", "services/a\x00b", "labels/n1", "labels/bad",
+        "allocations/shares/tcp/77/bad", "allocations/shares/tcp/0/bad",
     )  # fmt: skip
     for garbage in GARBAGE:
         for key in keys:

@@ -16,7 +16,7 @@ from mesh.model.address import FAMILIES, Family
 from mesh.model.cluster import Cluster
 from mesh.model.health import Fallback
 from mesh.model.publish import Protocol, PublishMode
-from mesh.model.service import Affinity, Prefer, Source
+from mesh.model.service import WHOLE_ADDRESS, Affinity, AffinityPrefix, Prefer, Source
 from mesh.rules.trace import Entry, Packet
 from mesh.store.protocol import Snapshot
 from tests.support import records
@@ -99,6 +99,7 @@ class Service:
     ports: tuple[Port, ...]
     replicas: tuple[Replica, ...]
     fallback: Fallback | None = None
+    prefix: AffinityPrefix = WHOLE_ADDRESS
 
     @property
     def name(self) -> str:
@@ -164,6 +165,12 @@ class World:
         return Snapshot(tuple(records.item(k, v, created) for created, (k, v) in items), 1000)
 
 
+def _prefix(service: Service) -> dict[str, object]:
+    if service.affinity is Affinity.NONE or service.prefix == WHOLE_ADDRESS:
+        return {}
+    return {"affinityPrefix": {"ipv4": service.prefix.ipv4, "ipv6": service.prefix.ipv6}}
+
+
 def _records(service: Service) -> Iterator[tuple[str, Record]]:
     name = service.name
     yield from records.service(
@@ -172,7 +179,7 @@ def _records(service: Service) -> Iterator[tuple[str, Record]]:
            "mode": p.mode.value, "hostIP": p.host_ip} for p in service.ports),
         vip="auto" if service.vip else "none", affinity=service.affinity.value,
         source=service.source.value, prefer=service.prefer.value, allow=service.allow,
-        health=_check(service),
+        health=_check(service), **_prefix(service),
     ).items()  # fmt: skip
     if service.vip:
         yield from records.vip(name, service.number).items()
@@ -271,6 +278,7 @@ def services(draw: st.DrawFn, number: int) -> Service:
         ports=draw(_ports(number)),
         replicas=draw(_all_replicas()),
         fallback=draw(st.sampled_from((None, *Fallback))),
+        prefix=draw(st.sampled_from((WHOLE_ADDRESS, AffinityPrefix(ipv4=20, ipv6=56)))),
     )
 
 

@@ -223,7 +223,8 @@ def _pool(packet: Packet, service: Service, tasks: list[int]) -> Expected:
     sticky = service.affinity is Affinity.CLIENT_IP
     drawn_as = Counter(weights)
     if sticky:
-        filled = slots.hashed([Backend(host, target, n) for host, n in weights.items()])
+        less = slots.steps(service.prefix.length(family), family)
+        filled = slots.hashed([Backend(host, target, n) for host, n in weights.items()], less)
         drawn_as = Counter(backend.address for backend in filled)
     total = drawn_as.total()
     shares = {_shown(host, target): Fraction(n, total) for host, n in drawn_as.items()}

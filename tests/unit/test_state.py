@@ -100,6 +100,21 @@ def test_labels_touch_the_services_to_which_they_matter(event: object, services:
     assert not touched.nodes
 
 
+@pytest.mark.parametrize(
+    ("changed", "services"),
+    [({"labels": {"zone": "b"}}, {"web"}), ({"role": "manager"}, {"web"}), ({}, set())],
+)
+def test_a_node_that_comes_back_with_other_traits_touches_whom_they_matter_to(
+    changed: dict[str, object], services: set[str]
+) -> None:
+    state = _state(records.service("web", WEB, publishOn="zone!=b"), records.service("db", DB))
+    node = {**records.cluster()[KEYS.node("n2")], **changed}  # type: ignore[dict-item]
+
+    touched = state.apply(records.put(KEYS.node("n2"), node, 5))
+
+    assert touched.services == services
+
+
 def test_the_same_record_again_touches_nothing() -> None:
     state = _state(records.service("web", WEB))
     again = records.put(KEYS.service("web"), records.service("web", WEB)[KEYS.service("web")], 1)
