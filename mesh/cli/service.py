@@ -236,7 +236,7 @@ def describe(seen: World, view: ServiceView) -> dict[str, Any]:
     return {
         "spec": view.spec,
         "vip": list(view.vips),
-        "publishedOn": seen.publishing(view),
+        "publishedOn": seen.publishing(view) if view.spec.publish_on else None,
         "endpoint": ports.endpoint(view, seen.state.cluster),
         "tasks": [task.describe(seen, item) for item in view.tasks],
         "problems": seen.problems_of(view.spec.name) + seen.problems_on_nodes(view.spec.name),

@@ -46,7 +46,7 @@ TIMES: Final = 8
 @pytest.fixture(scope="module", params=drivers.KERNEL)
 def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     placed = ((id, {"a": "n1", "b": "n2", "d": "n3"}[id[0]]) for id in (*REPLICAS, "a2", "d2"))
-    with cluster("placement", 3, *placed, backend=request.param) as made:
+    with cluster(f"placement-{request.param}", 3, *placed, backend=request.param) as made:
         for node, zone in ZONES.items():
             label(made, node, zone=zone)
         yield made
