@@ -80,10 +80,7 @@ class IngressPorts:
         """Decide who has each port, with these labels of the node."""
         changes = []
         for port in self._unsettled:
-            claims = self._claims.get(port, {})
-            here = [claim for claim in claims if self._is_for(claim.service, labels)]
-            here.sort(key=lambda claim: (claims[claim], claim))
-            names = tuple(dict.fromkeys(claim.service for claim in here))
+            names = self._in_order(self._claims.get(port, {}), labels)
             self._refused.pop(port, None)
             if len(names) > 1:
                 self._refused[port] = names[1:]
@@ -97,9 +94,18 @@ class IngressPorts:
         self._unsettled.clear()
         return changes
 
+    def _in_order(self, claims: Mapping[_Claim, int], labels: Mapping[str, str]) -> tuple[str, ...]:
+        """The services that claim a port for this node; the first has it."""
+        here = [claim for claim in claims if self._is_for(claim.service, labels)]
+        if len(here) > 1:
+            here.sort(key=lambda claim: (claims[claim], claim))
+        return tuple(dict.fromkeys(claim.service for claim in here))
+
     def _is_for(self, service: str, labels: Mapping[str, str]) -> bool:
         spec = self._specs.get(service)
-        return spec is None or not self._own or selector.matches(spec.selector, labels)
+        if spec is None or not spec.publish_on or not self._own:
+            return True
+        return selector.matches(spec.selector, labels)
 
     # ---- what follows
 
