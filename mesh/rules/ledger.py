@@ -47,20 +47,17 @@ class Ledger:
         """Replace what these owners want; the change to the kernel that follows from it."""
         total: Delta[ElementKey, bytes] = Delta({}, {})
         before: dict[ElementKey, bytes | None] = {}
+        fresh: Elements = {}
         changes = {}
         for owner, new in wanted.items():
-            change = Delta.between(self._wishes(owner), new)
-            if not change:
-                continue
-            changes[owner] = change
-            for part, settled in ((change.remove, total.remove), (change.add, total.add)):
-                for key, value in part.items():
-                    if key[0] not in _COMMON:
-                        settled[key] = value
-                    elif key not in before:
-                        before[key] = self._effective(key)
+            known = owner in self._packed
+            change = Delta.between(self._wishes(owner), new) if known else Delta({}, new)
+            if change:
+                changes[owner] = change
+                self._sift(change, total, fresh, before)
         for owner, change in changes.items():
             self._replace(owner, wanted[owner], change)
+        total.add.update(fresh)
         for key, old in before.items():
             now = self._effective(key, wanted)
             if now != old:
@@ -70,6 +67,30 @@ class Ledger:
                     total.add[key] = now
         self.size += len(total.add) - len(total.remove)
         return total
+
+    def _sift(
+        self,
+        change: Delta[ElementKey, bytes],
+        total: Delta[ElementKey, bytes],
+        fresh: Elements,
+        before: dict[ElementKey, bytes | None],
+    ) -> None:
+        """Put what nobody else can want into `total`, what nobody has wanted until now but one
+        owner into `fresh`, and of all else into `before` what the kernel holds of it.
+        """
+        for part, settled in ((change.remove, total.remove), (change.add, total.add)):
+            for key, value in part.items():
+                if key[0] not in _COMMON:
+                    settled[key] = value
+                elif key in fresh:
+                    del fresh[key]
+                    before[key] = None
+                elif key not in before:
+                    short = _HEADS[key[0]] + key[1]
+                    if short in self._claims or short in self._shares:
+                        before[key] = self._effective(key)
+                    else:
+                        fresh[key] = value
 
     def elements(self) -> Elements:
         """Everything the kernel should hold."""
@@ -125,11 +146,10 @@ class Ledger:
 
         Some wishes may be at hand, `unpacked`.
         """
-        if key[0] in _SHARED:
-            return b"" if _short(key) in self._shares else None
-        claim = self._claims.get(_short(key))
+        short = _HEADS[key[0]] + key[1]
+        claim = self._claims.get(short)
         if claim is None:
-            return None
+            return b"" if short in self._shares else None
         owner = claim if isinstance(claim, str) else min(claim)
         return (unpacked.get(owner) or self._wishes(owner))[key]
 
@@ -154,15 +174,13 @@ class Ledger:
             self._packed.pop(owner, None)
 
     def _claim(self, key: ElementKey, owner: str) -> None:
-        short = _short(key)
+        short = _HEADS[key[0]] + key[1]
         if key[0] in _SHARED:
             self._shares[short] = self._shares.get(short, 0) + 1
-        elif key[0] in elements.FRONTENDS:
-            claim = self._claims.get(short)
-            if claim is None:
-                self._claims[short] = owner
-            else:
-                self._claims[short] = [*([claim] if isinstance(claim, str) else claim), owner]
+            return
+        claim = self._claims.setdefault(short, owner)
+        if claim is not owner:
+            self._claims[short] = [*([claim] if isinstance(claim, str) else claim), owner]
 
     def _drop(self, key: ElementKey, owner: str) -> None:
         short = _short(key)
