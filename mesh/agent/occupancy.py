@@ -18,6 +18,7 @@ from mesh.engine.desired import Touched
 from mesh.hostports import occupied, reservation
 from mesh.hostports.reservation import Reservation
 from mesh.model import listener
+from mesh.model.listener import Binding
 from mesh.model.publish import Protocol
 from mesh.model.report import Problem
 from mesh.rules import nft
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from mesh.agent.state import State
     from mesh.dataplane.sockdiag import Owner, Socket
-    from mesh.model.listener import Binding, Listener, Port
+    from mesh.model.listener import Listener, Port
     from mesh.rules.elements import ElementKey, Elements
 
     ReadSome = Callable[[Collection[ElementKey]], Awaitable[Elements]]
@@ -94,7 +95,7 @@ class Occupancy:
             await self._name(sockets)
             for service, first in (await self._were_first(bindings, read_some)).items():
                 self._occupied.put_in_force(service, first)
-        wanted = frozenset[listener.Binding]().union(*bindings.values())
+        wanted = frozenset[Binding]().union(*bindings.values())
         for name, descriptors in self._given.items():
             self._reservation.adopt(descriptors, wanted)
             self._store.keep({name: self._reservation.descriptors(name)})
@@ -124,9 +125,12 @@ class Occupancy:
         """The kernel has it: hold no more what leads nowhere now."""
         gone = self._fresh
         self._fresh = set()
+        there = set[Binding]()
         for name in touched.services:
-            gone |= self._occupied.put_in_force(name, self._planned.pop(name, frozenset()))
-        gone = {binding for binding in gone if not self._occupied.has(binding)}
+            planned = self._planned.pop(name, frozenset())
+            gone |= self._occupied.put_in_force(name, planned)
+            there |= planned
+        gone = {binding for binding in gone - there if not self._occupied.has(binding)}
         self._unheld -= gone
         self._reservation.release(gone)
         self._store.keep(self._reservation.changed())

@@ -22,6 +22,8 @@ _Port = tuple["Protocol", int]
 _Rank = tuple[int, str, str]
 """Revision, service, task: the smaller one chooses first."""
 
+_NOTHING: frozenset[HostClaim] = frozenset()
+
 
 class _Bid(NamedTuple):
     """What one task wants; `waits` if it lacks something else besides."""
@@ -93,8 +95,10 @@ class Claims:
 
     def granted(self, service: str) -> frozenset[HostClaim]:
         """The claims of a service that hold their port."""
-        bids = self._bids.get(service, {}).items()
-        held = (bid.claims for task, bid in bids if (service, task) in self._granted)
+        bids = self._bids.get(service)
+        if bids is None:
+            return _NOTHING
+        held = (bid.claims for task, bid in bids.items() if (service, task) in self._granted)
         return frozenset[HostClaim]().union(*held)
 
     def refused(self, service: str) -> tuple[tuple[HostClaim, HostClaim], ...]:

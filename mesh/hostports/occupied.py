@@ -12,7 +12,7 @@ from mesh.model.listener import Binding, refusal
 from mesh.model.report import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from mesh.model.listener import Listener, Port
     from mesh.model.publish import Protocol
@@ -99,9 +99,9 @@ class Occupied:
             return None
         return self._met(binding)
 
-    def admitted(self, service: str, ports: Iterable[IngressPort]) -> tuple[IngressPort, ...]:
+    def admitted(self, service: str, ports: Collection[IngressPort]) -> tuple[IngressPort, ...]:
         """The ingress ports of a service that nobody on this node keeps from it, in order."""
-        ordered = sorted(ports, key=_port_order)
+        ordered = sorted(ports, key=_port_order) if len(ports) > 1 else ports
         if not self._listeners:
             return tuple(ordered)
         return tuple(
@@ -143,10 +143,9 @@ class Occupied:
 
 def bindings(ingress: Iterable[IngressPort], granted: Iterable[HostClaim]) -> frozenset[Binding]:
     """The ports of this node that lead to a service."""
-    return frozenset(
-        [Binding(port.protocol, port.published, None) for port in ingress]
-        + [Binding(claim.protocol, claim.published, claim.address) for claim in granted]
-    )
+    found = [Binding(protocol, published, None) for protocol, published, _ in ingress]
+    found += [Binding(claim.protocol, claim.published, claim.address) for claim in granted]
+    return frozenset(found)
 
 
 def _port_order(port: IngressPort) -> tuple[str, int, int]:

@@ -8,8 +8,11 @@ refused as if there were none.  Never decides which ports.
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import resource
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane.sockdiag import NO_DEVICE
@@ -17,10 +20,13 @@ from mesh.model.listener import Binding
 from mesh.model.publish import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 _SPARE: Final = 512
 """Descriptors that are left for everything else."""
+
+_MANY: Final = 100
+"""Sockets at once, for which room is made first."""
 
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78
 _SO_BINDTOIFINDEX: Final = 62
@@ -62,8 +68,11 @@ class Reservation:
 
     def descriptors(self, name: str) -> tuple[int, ...]:
         """The descriptors of what is held under a short name."""
-        held = (self._sockets[binding] for binding in sorted(self._named.get(name, ()), key=str))
-        return tuple(one.fileno() for one in held if one is not None)
+        bindings: Collection[Binding] = self._named.get(name, ())
+        if len(bindings) > 1:
+            bindings = sorted(bindings, key=str)
+        held = [self._sockets[binding] for binding in bindings]
+        return tuple([one.fileno() for one in held if one is not None])
 
     def changed(self) -> dict[str, tuple[int, ...]]:
         """The same, of all short names under which it changed since last asked."""
@@ -81,9 +90,10 @@ class Reservation:
             else:
                 one.close()
 
-    def hold(self, bindings: Iterable[Binding]) -> dict[Binding, OSError]:
+    def hold(self, bindings: Collection[Binding]) -> dict[Binding, OSError]:
         """Hold ports; those that could not be bound, and why not."""
         failed: dict[Binding, OSError] = {}
+        _make_room(len(bindings))
         for binding in bindings:
             if binding in self._sockets:
                 continue
@@ -121,21 +131,29 @@ class Reservation:
         self.lacking.discard(binding)
 
 
+def _make_room(count: int) -> None:
+    """Have the table of this process's descriptors grow once and not by and by.
+
+    Each time the kernel has a process with threads wait for all processors (expand_fdtable).
+    """
+    if count < _MANY:
+        return
+    with socket.socket(socket.AF_UNIX) as one, suppress(OSError):
+        os.close(fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, one.fileno() + count))
+
+
 def _bind(binding: Binding) -> socket.socket | None:
     """A socket that holds a port; None where the kernel cannot give it to anybody."""
     try:
-        one = _open(binding)
+        one, ipv6 = _open(binding)
     except OSError as error:
         if error.errno in _NOBODY_S:
             return None
         raise
     try:
-        for option in _options(one, binding):
+        for option in _options(binding, ipv6=ipv6):
             one.setsockopt(*option)
-        where = (
-            binding.address or ("::" if one.family is socket.AF_INET6 else ""),
-            binding.port,
-        )
+        where = binding.address or ("::" if ipv6 else ""), binding.port
         try:
             one.bind(where)
         except OSError as error:
@@ -163,24 +181,23 @@ def _bind_beside_the_closed(one: socket.socket, where: tuple[str, int]) -> None:
     one.shutdown(socket.SHUT_RDWR)
 
 
-def _open(binding: Binding) -> socket.socket:
-    """One socket of IPv6 can stand for both families."""
+def _open(binding: Binding) -> tuple[socket.socket, bool]:
+    """A socket, and whether it is one of IPv6, which can stand for both families."""
     kind, number = _KINDS[binding.protocol], binding.protocol.number
     if binding.address is not None and ":" not in binding.address:
-        return socket.socket(socket.AF_INET, kind, number)
+        return socket.socket(socket.AF_INET, kind, number), False
     try:
-        return socket.socket(socket.AF_INET6, kind, number)
+        return socket.socket(socket.AF_INET6, kind, number), True
     except OSError as error:
         if error.errno != errno.EAFNOSUPPORT or binding.address is not None:
             raise
-        return socket.socket(socket.AF_INET, kind, number)  # a kernel without IPv6
+        return socket.socket(socket.AF_INET, kind, number), False  # a kernel without IPv6
 
 
-def _options(one: socket.socket, binding: Binding) -> Iterator[tuple[int, int, int]]:
-    if one.family is socket.AF_INET6:
+def _options(binding: Binding, *, ipv6: bool) -> Iterator[tuple[int, int, int]]:
+    if ipv6:
         yield socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(binding.address is not None)
     if binding.address is not None:  # it may come later than the service
-        ipv6 = one.family is socket.AF_INET6
         yield (
             socket.IPPROTO_IPV6 if ipv6 else socket.IPPROTO_IP,
             _IPV6_FREEBIND if ipv6 else _IP_FREEBIND,

@@ -183,6 +183,31 @@ def test_a_thousand_ports_are_held_with_the_usual_soft_limit() -> None:
     assert done.stdout.strip() == "{} 0", done.stderr
 
 
+def test_many_ports_at_once_take_a_descriptor_each_as_far_as_there_are_any() -> None:
+    script = (
+        "import os, resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))\n"
+        "from mesh.hostports.reservation import Reservation\n"
+        "from mesh.model.listener import Binding\n"
+        "from mesh.model.publish import Protocol\n"
+        "held = Reservation(1000)\n"
+        "for first, last in ((9000, 9200), (9200, 9500)):\n"
+        "    before = set(os.listdir('/proc/self/fd'))\n"
+        "    wanted = [Binding(Protocol.TCP, n, None) for n in range(first, last)]\n"
+        "    spare = os.open('/dev/null', os.O_RDONLY)\n"  # to count with when all are taken
+        "    failed = held.hold(wanted)\n"
+        "    os.close(spare)\n"
+        "    more = len(os.listdir('/proc/self/fd')) - len(before)\n"
+        "    lacking = len(held.lacking)\n"
+        "    print(failed, more + lacking - len(wanted), 100 < lacking < 200)\n"
+    )
+    argv = ("unshare", "--net", sys.executable, "-c", script)
+
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    assert done.stdout.splitlines() == ["{} 0 False", "{} 0 True"], done.stderr
+
+
 # ---- who listens
 
 
