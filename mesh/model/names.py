@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 NO_LABELS: Final[dict[str, str]] = {}
@@ -16,6 +17,7 @@ _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
+@lru_cache(maxsize=4096)  # a service's tasks and allocations come one after the other
 def check_name(text: str, what: str) -> str:
     """`text`, if it may name a service, task or node; else ValueError.
 

@@ -6,7 +6,8 @@ retries a conditional transaction whose outcome is unknown.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
 
 from mesh.store import etcd_messages, etcd_watch
 from mesh.store.etcd_channel import Connection, EtcdOptions
@@ -29,8 +30,14 @@ from mesh.store.protocol import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
-PAGE = 1000
-"""Keys read at once: larger pages are hardly faster, and slow to come over a slow link."""
+_PAGE: Final = 1000
+_LARGEST_PAGE: Final = 4000
+"""Keys read at once, at first and at most."""
+
+_QUICK: Final = 0.1
+"""Seconds: after a page that took no longer the next is twice as large, for each has to be asked
+for.  Over a slow link, or from a busy etcd, large ones would not come within the time limit.
+"""
 
 
 class EtcdStore:
@@ -114,13 +121,17 @@ class EtcdStore:
 
     async def _list(self, prefixes: tuple[str, ...]) -> Snapshot:
         items: list[KeyValue] = []
-        revision = 0
+        revision, limit = 0, _PAGE
+        clock = asyncio.get_running_loop().time
         for prefix in prefixes:
             start, end = prefix.encode(), etcd_messages.prefix_end(prefix.encode())
             while True:
+                asked = clock()
                 page = await self._send(
-                    RANGE, key=start, range_end=end, limit=PAGE, revision=revision
+                    RANGE, key=start, range_end=end, limit=limit, revision=revision
                 )
+                quick = clock() <= asked + _QUICK
+                limit = min(2 * limit, _LARGEST_PAGE) if quick else _PAGE
                 revision = revision or page.header.revision  # all pages at the first one's
                 items += [etcd_messages.key_value(stored) for stored in page.kvs]
                 if not page.more:

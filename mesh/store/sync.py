@@ -69,7 +69,7 @@ class Follower:
             try:
                 if not positions or not await self._same_history(positions):
                     snapshot = await self._store.list(*self._prefixes)
-                    positions = {p: _position(p, snapshot) for p in self._prefixes}
+                    positions = _positions(self._prefixes, snapshot)
                     yield snapshot
                     del snapshot  # the watch may last for months
                 since = {prefix: known.revision for prefix, known in positions.items()}
@@ -120,9 +120,15 @@ class Follower:
         self.connected, self.cause, self._loss_told = False, cause, True
 
 
-def _position(prefix: str, snapshot: Snapshot) -> _Position:
-    items = (item for item in snapshot.items if item.key.startswith(prefix))
-    last = max(items, key=lambda item: item.mod_revision, default=None)
-    if last is None:
-        return _Position(snapshot.revision, prefix, 0)
-    return _Position(snapshot.revision, last.key, last.mod_revision)
+def _positions(prefixes: tuple[str, ...], snapshot: Snapshot) -> dict[str, _Position]:
+    """How far each prefix is known by a snapshot, in which it comes in one piece."""
+    found = {prefix: _Position(snapshot.revision, prefix, 0) for prefix in prefixes}
+    prefix, last = prefixes[0], 0
+    for item in snapshot.items:
+        if not item.key.startswith(prefix):
+            prefix = next(p for p in prefixes if item.key.startswith(p))
+            last = found[prefix].mod_revision
+        if item.mod_revision > last:
+            last = item.mod_revision
+            found[prefix] = _Position(snapshot.revision, item.key, last)
+    return found
