@@ -104,10 +104,8 @@ class Agent:
         gc.disable()  # nothing is garbage until all is loaded; looking for it costs a third of that
         cluster = await self._find_cluster()
         self._cluster = cluster
+        self._lease = lease = LeaseHolder(self._store, cluster.liveness_ttl)
         try:
-            await self._register(cluster)
-            await self._published.load()
-            self._lease = lease = LeaseHolder(self._store, cluster.liveness_ttl)
             with observe.observed(self._tally.ran):
                 await self._take_part(cluster, lease)
         finally:
@@ -116,8 +114,10 @@ class Agent:
 
     async def _take_part(self, cluster: Cluster, lease: LeaseHolder) -> None:
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(), name="follow")  # etcd lists all meanwhile
+            await self._register(cluster)
+            await self._published.load()
             tasks.create_task(self._admin.run(), name="admin")
-            tasks.create_task(self._follow(), name="follow")
             if self._config.role is Role.MANAGER:
                 tasks.create_task(self._control(cluster), name="controller")
             node = await self._numbered()
@@ -308,8 +308,7 @@ class Agent:
         self._occupancy.secured(begun)
         self._begin_forwarding()
         systemd.notify("READY=1")
-        gc.collect()
-        gc.freeze()  # what was loaded stays; no collection walks it again
+        gc.freeze()  # what was loaded stays, with little garbage in it: no collection walks it
         gc.enable()
         return revision
 

@@ -76,7 +76,7 @@ class HealthChecks:
     async def adopt(self) -> None:
         """Go on from the verdicts of the agent before this one, before anything is planned."""
         saved = await asyncio.to_thread(memory.load, self._directory)
-        for service in self._state.services():
+        for service in filter(self._has_check, self._state.services()):
             for task, probed, pace in self._checked(service):
                 told = self._state.health.of_own(service, task)
                 kept = saved.get((service, task.id))
