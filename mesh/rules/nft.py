@@ -133,12 +133,9 @@ def lower_peer(network: NodeNetwork, layout: Layout) -> Elements:
 
 def sizes(delta: Elements, layout: Layout) -> frozenset[int]:
     """The slot counts, HASH bit included, that the frontends among `delta` dispatch on."""
-    mask = layout.size
-    return frozenset(
-        elements.mark_of(data) & mask
-        for (name, _), data in delta.items()
-        if name in elements.FRONTENDS
-    )
+    mask, frontends = layout.size, elements.FRONTENDS
+    marks = {data for (name, _), data in delta.items() if name in frontends}
+    return frozenset(elements.mark_of(data) & mask for data in marks)
 
 
 def adopt(forwardings: Iterable[Forwarding], actual: Elements, ids: Ids) -> None:
