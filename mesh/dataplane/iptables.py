@@ -11,6 +11,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import Counter
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
 from mesh.model.address import FAMILIES, Family
 from mesh.model.report import Problem
-from mesh.rules import ipsets, program, xtables, xtables_intact
+from mesh.rules import ipsets, program, xtables, xtables_intact, xtables_limits
 from mesh.rules.xtables_image import Image
 
 if TYPE_CHECKING:
@@ -217,6 +218,16 @@ class IptablesDriver:
                     await self._do(step._replace(text=step.undo))
                 except CommandFailed as error:
                     _log.warning("iptables undo was not complete: %s", error)
+
+    async def surplus(self) -> dict[int, int]:
+        """See Driver.surplus."""
+        if self._image is None or not self._image.has_limits:
+            return {}
+        found: Counter[int] = Counter()
+        for family in FAMILIES:
+            saved = await self._programs.save(family, "-c", "-t", "mangle")
+            found.update(xtables_limits.surplus(saved))
+        return dict(found)
 
     async def exists(self) -> bool:
         """Whether there is any chain of ours; creates the tables it looks at."""

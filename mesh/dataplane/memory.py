@@ -73,6 +73,10 @@ class MemoryDriver:
         await asyncio.sleep(settle)
         return Tampering("", "")
 
+    async def surplus(self) -> dict[int, int]:
+        """See Driver.surplus: there are no packets."""
+        return {}
+
     def problems(self) -> tuple[Problem, ...]:
         """See Driver.problems."""
         return ()

@@ -5,14 +5,18 @@ demand.  Only reads.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mesh.dataplane import nfmessages
-from mesh.rules import elements, marks, nft, program
+from mesh.rules import connlimits, elements, extras, marks, program
 from mesh.rules.nft_intact import Loaded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mesh.dataplane.nfnetlink import Socket
+    from mesh.rules.elements import Elements
+    from mesh.rules.extras import Extras
     from mesh.rules.marks import Layout
 
 
@@ -51,15 +55,29 @@ def dispatched(netlink: Socket) -> frozenset[int]:
     return frozenset()
 
 
-def in_use(netlink: Socket, layout: Layout) -> frozenset[int]:
-    """The pool sizes that frontends need, whatever became of their dispatch."""
-    with contextlib.suppress(FileNotFoundError):
-        return nft.sizes(nfmessages.read_elements(netlink, elements.FRONTENDS), layout)
-    return frozenset()
+def needed(netlink: Socket, layout: Layout) -> Extras:
+    """What the elements that are there need, whatever became of it."""
+    return _needed(netlink, (*elements.FRONTENDS, *_TEMPORARY), layout)
 
 
-def is_guarding(netlink: Socket) -> bool:
-    """Whether policies select any of this node's replicas."""
+def still_needed(netlink: Socket, layout: Layout) -> Extras:
+    """The same of what goes again when nobody needs it: pool sizes stay."""
+    return _needed(netlink, _TEMPORARY, layout)
+
+
+_TEMPORARY: Final = (*elements.GUARDED, "connlimits")
+
+
+def surplus(netlink: Socket) -> dict[int, int]:
+    """How many connections the limits refused, by the frontend's id bits."""
     with contextlib.suppress(FileNotFoundError):
-        return bool(nfmessages.read_elements(netlink, elements.GUARDED))
-    return False
+        return nfmessages.counted(netlink, connlimits.SURPLUS)
+    return {}
+
+
+def _needed(netlink: Socket, names: Iterable[str], layout: Layout) -> Extras:
+    found: Elements = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            found |= nfmessages.read_elements(netlink, [name])
+    return extras.needed(found, layout)

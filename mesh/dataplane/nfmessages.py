@@ -26,7 +26,7 @@ from mesh.dataplane.nfnetlink import (
     nested,
     text,
 )
-from mesh.rules.elements import MARK, SETS, SetSpec
+from mesh.rules.elements import MARK, SETS, SetSpec, mark_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +46,8 @@ _NEWSETELEM, _GETSETELEM, _DELSETELEM = _SUBSYSTEM | 12, _SUBSYSTEM | 13, _SUBSY
 _KEY, _DATA = 1, 2
 _NESTED: Final = 0x8000
 _ELEMENTS: Final = 3
+_EXPRESSION: Final = 7
+_PACKETS: Final = 2
 _DUMP_ATTEMPTS: Final = 20
 _LIST_BYTES: Final = 60_000  # an attribute's length has 16 bits
 
@@ -200,6 +202,17 @@ def read_some(socket: Socket, keys: Iterable[ElementKey]) -> Elements:
 def raw_elements(socket: Socket, name: str) -> list[bytes]:
     """The elements of any set of ours as the kernel tells them.  Raises OSError."""
     return sorted(_read_set(socket, name, _raw))
+
+
+def counted(socket: Socket, name: str) -> dict[int, int]:
+    """Packets by mark, of a set whose elements count them.  Raises OSError."""
+    found: dict[int, int] = {}
+    for element in raw_elements(socket, name):
+        parts = dict(attributes(element))
+        mark = dict(attributes(parts[_KEY]))[1]
+        counter = dict(attributes(dict(attributes(parts[_EXPRESSION]))[2]))
+        found[mark_of(mark)] = int.from_bytes(counter[_PACKETS], "big")
+    return found
 
 
 def _raw(listed: bytes) -> Iterator[tuple[bytes, bytes]]:

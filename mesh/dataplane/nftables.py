@@ -19,7 +19,7 @@ from mesh.dataplane.nfwatch import Watch
 from mesh.dataplane.protocol import Examined, Tampering
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed, CommandFailed, HostNotReady, NotFound
-from mesh.rules import elements, nft, nft_intact, program
+from mesh.rules import elements, extras, nft_intact, program
 from mesh.rules.nft_intact import Seen
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mesh.dataplane.protocol import ElementDelta
     from mesh.model.report import Problem
     from mesh.rules.elements import ElementKey, Elements
+    from mesh.rules.extras import Extras
     from mesh.rules.program import Parameters
 
 _log = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ class NftablesDriver:
         self._layout = parameters.layout
         self._program = program.build(parameters)
         self._socket = Socket()
-        self._sizes: frozenset[int] = frozenset()
-        self._guarding = False
+        self._extras = extras.NONE
         self._attached = False
         self._waiting: Elements | None = None
         self._lock = asyncio.Lock()
@@ -86,10 +86,10 @@ class NftablesDriver:
                 else:
                     await self._create()
             elif (loaded.version, loaded.witness) != (self._program.version, witness):
-                needed = sizes | nfloaded.in_use(self._socket, self._layout)
-                await self._replace(needed - program.static_sizes(self._layout))
+                had = extras.loaded((), sizes, self._layout)
+                await self._replace(had | nfloaded.needed(self._socket, self._layout))
             else:
-                self._sizes, self._guarding = sizes, program.GUARD in there
+                self._extras = extras.loaded(there, sizes, self._layout)
                 _log.info("nftables program=adopted version=%x", self._program.version)
                 return False
             return True
@@ -112,12 +112,10 @@ class NftablesDriver:
         A table of another name stands in meanwhile; where that is too large for the rights that
         this host gives, nothing does.
         """
-        sizes = nft.sizes(found, self._layout) - program.static_sizes(self._layout)
-        more = program.size_chains(sizes, self._layout) + elements.additions(found)
-        if elements.guarded(found):
-            more += self._program.guard
+        whole = extras.whole(self._program, extras.needed(found, self._layout))
+        more = elements.additions(found)
         try:
-            await self._nft(nfretire.for_stand_in(_RECREATE + self._program.inet + more))
+            await self._nft(nfretire.for_stand_in(_RECREATE + whole + more))
         except CommandFailed as error:
             _log.warning("nftables program=unserved error=%r", str(error))
         else:
@@ -135,23 +133,18 @@ class NftablesDriver:
 
     async def _create(self) -> None:
         self._attached = False
-        await self._load(_RECREATE + self._program.unhooked, "created", frozenset())
+        await self._load(_RECREATE + self._program.unhooked, "created", extras.NONE)
 
-    async def _replace(self, extra: frozenset[int]) -> None:
+    async def _replace(self, needed: Extras) -> None:
         whole = self._program.inet if self._attached else self._program.unhooked
-        more = program.size_chains(extra, self._layout)
-        guarding = nfloaded.is_guarding(self._socket)
-        if guarding:
-            more += self._program.guard
-        text = _UPGRADE + whole + more + self._stale(extra, guarding)
+        text = _UPGRADE + whole + extras.added(self._program, needed) + self._stale(needed)
         try:
-            await self._load(text, "replaced", extra)
-            self._guarding = guarding
+            await self._load(text, "replaced", needed)
         except CommandFailed as error:
             _log.warning("nftables program=damaged error=%r created anew", str(error))
             await self._create()
 
-    async def _load(self, text: str, how: str, extra: frozenset[int]) -> None:
+    async def _load(self, text: str, how: str, more: Extras) -> None:
         before = nfmessages.generation(self._socket)
         await self._nft(text)
         transactions = 1
@@ -161,20 +154,16 @@ class NftablesDriver:
         except CommandFailed as error:
             text = "nftables table=bridge error=%r replicas on one bridge cannot reach each other"
             _log.warning(text, str(error))
-        self._sizes = program.static_sizes(self._layout) | extra
-        self._guarding = False
+        self._extras = more
         self._write_witness(before + transactions)
         _log.info("nftables program=%s version=%x", how, self._program.version)
 
     async def _nft(self, text: str) -> None:
         await command.run("nft", "-f", "-", input=text, started=self._own.add)
 
-    def _stale(self, extra: Iterable[int], guarding: bool) -> str:
+    def _stale(self, needed: Extras) -> str:
         """Deletes chains of ours that the program does not have; the flush leaves them empty."""
-        more = {program.chain(size, self._layout) for size in extra}
-        if guarding:
-            more.add(program.GUARD)
-        wanted = self._program.chains | more
+        wanted = extras.chains(self._program, needed)
         foreign = sorted(nfmessages.chains(self._socket, INET).keys() - wanted)
         return "".join(
             f"delete chain inet mesh {name}\n" for name in foreign if name.isidentifier()
@@ -256,24 +245,23 @@ class NftablesDriver:
                 await self._apply(delta)
 
     async def _apply(self, delta: ElementDelta) -> None:
-        missing = nft.sizes(delta.add, self._layout) - self._sizes
-        if missing:
-            await self._add_sizes(missing)
-        if elements.guarded(delta.add) and not self._guarding:
-            await self._extend(self._program.guard)
-            self._guarding = True
+        missing = extras.needed(delta.add, self._layout).without(self._extras)
+        if any(missing):
+            await self._add(missing)
         if len(delta) <= _IN_LOOP:
             self._change(delta)
         else:
             await asyncio.to_thread(self._change, delta)
-        if self._guarding and elements.guarded(delta.remove):
+        if any(extras.needed(delta.remove, self._layout)[1:]):
             await self._relieve()
 
     async def _relieve(self) -> None:
-        """Spare packets a hook that has nobody to guard any more."""
-        if not nfloaded.is_guarding(self._socket):
-            await self._extend(program.UNGUARD)
-            self._guarding = False
+        """Spare packets a hook that has nobody to guard any more, and limits that nobody has."""
+        kept = nfloaded.still_needed(self._socket, self._layout)
+        gone = self._extras.without(kept)._replace(sizes=frozenset())
+        if any(gone):
+            await self._extend(extras.removed(self._program, gone, kept))
+            self._extras = self._extras.without(gone)
 
     def _change(self, delta: ElementDelta) -> None:
         now, orphans = nfchange.packed(delta)
@@ -293,12 +281,12 @@ class NftablesDriver:
                 keys = [key for key in chunk.keys if (chunk.name, key) in there]
                 self._commit(removals(chunk.name, keys))
 
-    async def _add_sizes(self, sizes: frozenset[int]) -> None:
+    async def _add(self, missing: Extras) -> None:
         try:
-            await self._extend(program.size_chains(sizes, self._layout))
+            await self._extend(extras.added(self._program, missing, self._extras))
         except CommandFailed as error:
-            raise ApplyFailed(f"pool sizes {sorted(sizes)}: {error}") from error
-        self._sizes |= sizes
+            raise ApplyFailed(f"this kernel refuses {missing}: {error}") from error
+        self._extras |= missing
 
     async def _extend(self, text: str) -> None:
         """Load more of the program into what is there."""
@@ -342,6 +330,13 @@ class NftablesDriver:
         if not self._lock.locked():
             self._own.clear()
         return theirs
+
+    async def surplus(self) -> dict[int, int]:
+        """See Driver.surplus."""
+        async with self._lock:
+            with _reading():
+                found = nfloaded.surplus(self._socket) if self._extras.limits else {}
+        return {self._layout.id_of(mark): count for mark, count in found.items()}
 
     def problems(self) -> tuple[Problem, ...]:
         """See Driver.problems: a host that loaded the program can do all of it."""

@@ -84,6 +84,12 @@ class Driver(Protocol):
         """
         ...
 
+    async def surplus(self) -> dict[int, int]:
+        """How many connections were refused that were one too many for their client, by frontend
+        id; counted since that has a limit, or since somebody last wrote its rules.
+        """
+        ...
+
     def problems(self) -> tuple[Problem, ...]:
         """What this host cannot do."""
         ...

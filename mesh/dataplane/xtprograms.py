@@ -43,9 +43,9 @@ class Programs:
         """What edits the tables of a family: "ip6tables-legacy"."""
         return f"{PROGRAMS[family]}-{self.flavour}"
 
-    async def save(self, family: Family) -> str:
-        """All tables of a family.  Raises CommandFailed."""
-        return await command.run(f"{self.name(family)}-save")
+    async def save(self, family: Family, *options: str) -> str:
+        """All tables of a family, or what options ask for.  Raises CommandFailed."""
+        return await command.run(f"{self.name(family)}-save", *options)
 
     async def restore(self, family: Family, text: str) -> None:
         """Change tables of a family.  Raises CommandFailed."""

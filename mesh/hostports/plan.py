@@ -29,7 +29,9 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
     tasks = {task.id: task for task in service.tasks if task.node == node.name}
     eligible = {task.id for task in service.accepting(node.live)}
     return tuple(
-        _leading(tasks[task].addresses if task in eligible else (), claims, service.spec.allow)
+        _leading(tasks[task].addresses if task in eligible else (), claims)._replace(
+            allow=service.spec.allow, limit=service.spec.limit
+        )
         for task, claims in _pools(claim for claim in service.host_ports if claim.task in tasks)
     )
 
@@ -52,15 +54,12 @@ def _order(pool: tuple[tuple[str, int, Protocol], list[HostClaim]]) -> tuple[str
     return task, target, protocol.value
 
 
-def _leading(
-    addresses: tuple[str, ...], claims: list[HostClaim], allow: tuple[str, ...] = ()
-) -> Forwarding:
+def _leading(addresses: tuple[str, ...], claims: list[HostClaim]) -> Forwarding:
     first = claims[0]
     return Forwarding(
         key=f"{first.service}/{first.target}/{first.protocol.value}/host/{first.task}",
         frontends=tuple(sorted(map(_frontend, claims), key=lambda f: (f.port, f.address or ""))),
         backends=tuple(Backend(a, first.target) for a in one_per_family(addresses)),
-        allow=allow,
     )
 
 

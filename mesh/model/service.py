@@ -19,6 +19,9 @@ from mesh.model.publish import PORTS, Protocol, PublishedPort, PublishMode
 if TYPE_CHECKING:
     from mesh.model.selector import Selector
 
+MOST_CONNECTIONS: Final = 65_535
+"""The highest limit of connections per client: a client has no more ports to one frontend."""
+
 MOST_PORTS: Final = 10_240
 """Published ports of one service: with more, its record is beyond the 1.5 MiB that etcd takes."""
 
@@ -84,6 +87,8 @@ class ServiceSpec(
     `vip` is "auto", "none" or an IPv4 address of the VIP range; `zone_label` the label of nodes
     whose value is their zone.  On `local_health_port` each node tells whether it has replicas.
     `publish_on` selects the nodes on which published ports answer (mesh.model.selector).
+    `limit_connections` is how many connections at a time one client may have to each port of it,
+    on each node; 0: as many as it likes.
     """
 
     name: str
@@ -98,6 +103,7 @@ class ServiceSpec(
     publish_on: str | UnsetType = UNSET
     health: HealthCheck | None = None
     allow: tuple[str, ...] = ()
+    limit_connections: int | UnsetType = UNSET
     drain: str = "10s"
     labels: dict[str, str] = {}
 
@@ -115,6 +121,13 @@ class ServiceSpec(
             check_label(self.zone_label)
         if self.affinity_prefix is not UNSET and self.affinity is not Affinity.CLIENT_IP:
             raise ValueError("affinityPrefix needs affinity client-ip")
+        if not self.limit_connections:  # what says nothing is not written
+            msgspec.structs.force_setattr(self, "limit_connections", UNSET)
+        if self.limit not in range(MOST_CONNECTIONS + 1):
+            raise ValueError(
+                f"limitConnections {self.limit}: give a number from 1 to "
+                f"{MOST_CONNECTIONS}, or 0 for no limit"
+            )
         self._check_ports()
         self._check_local_health()
         for field in ("name", "vip", "drain"):  # one text for all records that say it
@@ -151,6 +164,11 @@ class ServiceSpec(
     def drain_seconds(self) -> float:
         """How long established connections go on while a task drains."""
         return parse_duration(self.drain)
+
+    @property
+    def limit(self) -> int:
+        """How many connections a client may have; 0: as many as it likes."""
+        return self.limit_connections or 0
 
     @property
     def check(self) -> HealthCheck | None:

@@ -12,7 +12,7 @@ import msgspec
 
 from mesh.model.address import parse_address, parse_prefix
 from mesh.model.cluster import NODE_NUMBERS, NodeNetwork
-from mesh.rules import elements, nft, program
+from mesh.rules import elements, extras, program
 from mesh.rules.marks import DEFAULT, Layout
 from mesh.rules.program import Devices, Parameters
 
@@ -201,11 +201,8 @@ def text(rules: Rules, owners: Iterable[str] | None = None) -> Iterator[str]:
     """The lines that `nft -f` accepts: the program and all owners, or only the given owners'."""
     if owners is None:
         yield from program.render(rules.parameters).splitlines()
-        layout = rules.parameters.layout
-        more = nft.sizes(rules.elements, layout) - program.static_sizes(layout)
-        yield from program.size_chains(more, layout).splitlines()
-        if elements.guarded(rules.elements):
-            yield from program.build(rules.parameters).guard.splitlines()
+        needed = extras.needed(rules.elements, rules.parameters.layout)
+        yield from extras.added(program.build(rules.parameters), needed).splitlines()
     for owner in sorted(rules.owners) if owners is None else owners:
         yield f"# {title(owner)}"
         for key, data in sorted(rules.owners[owner].items()):

@@ -14,7 +14,7 @@ from mesh.rules import elements
 if TYPE_CHECKING:
     from mesh.rules.elements import Elements
 
-EDITION: Final = 3
+EDITION: Final = 4
 
 SLOT: Final = 5
 """Where the program's fingerprint tells it, behind what else it tells."""

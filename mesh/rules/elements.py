@@ -69,6 +69,7 @@ def _specs() -> dict[str, SetSpec]:
         SetSpec("via", (ETHER,), (MARK,)),
         SetSpec("zones", (ETHER,), (ZONE,)),
         SetSpec("limited", (MARK,)),
+        SetSpec("connlimits", (MARK, SLOT)),
         SetSpec("doors", (GUARD, PROTO, PORT), (GUARD,)),
     ]
     for family in FAMILIES:
@@ -154,6 +155,21 @@ def allow_range(key: ElementKey, layout: Layout) -> tuple[int, str]:
     """The id bits and the prefix of such an element."""
     mark = mark_of(key[1][:4])
     return mark & layout.id, f"{address.unpacked(key[1][4:])}/{layout.slots_of(mark)}"
+
+
+def connlimit_key(bits: int, limit: int) -> ElementKey:
+    """How many connections at a time one client may have to the frontends with these id bits."""
+    return "connlimits", mark_bytes(bits) + mark_bytes(limit)
+
+
+def connlimit_of(key: bytes) -> tuple[int, int]:
+    """The id bits and the limit in such a key."""
+    return mark_of(key[:4]), mark_of(key[4:])
+
+
+def connlimits(found: Iterable[ElementKey]) -> frozenset[int]:
+    """The limits that some elements ask for."""
+    return frozenset(connlimit_of(key)[1] for name, key in found if name == "connlimits")
 
 
 PORT_BITS: Final = range(0, 17, 4)

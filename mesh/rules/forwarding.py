@@ -52,6 +52,7 @@ class Forwarding(NamedTuple):
     `key` is stable for the life of the pool ("service/target/protocol"); the engine derives the
     frontend id in conntrack marks from it.  No backend of a family: refused at once there.
     `prefix` is how much of a client's address its affinity goes by.
+    `limit` is how many connections at a time a client may have here; 0: as many as it likes.
     """
 
     key: str
@@ -61,3 +62,4 @@ class Forwarding(NamedTuple):
     source: Source = Source.PRESERVE
     allow: tuple[str, ...] = ()
     prefix: AffinityPrefix = WHOLE_ADDRESS
+    limit: int = 0

@@ -69,6 +69,8 @@ def lower(forwarding: Forwarding, ids: Ids) -> Elements:
                 found[targets, mark + slot] = packed(backend.address) + port_bytes(backend.port)
     if forwarding.allow:
         _lower_allow(found, forwarding, number, layout)
+    if forwarding.limit:
+        found[elements.connlimit_key(layout.id_bits(number), forwarding.limit)] = b""
     return found
 
 

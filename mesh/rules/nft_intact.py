@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from mesh.model.report import Problem
-from mesh.rules import program, trace_program
+from mesh.rules import extras, trace_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,8 +55,8 @@ def differences(wanted: Program, loaded: Loaded, seen: Seen) -> Iterator[Problem
 
 def _of_chains(wanted: Program, seen: Seen) -> Iterator[Problem]:
     """Which chains, as far as counting tells."""
-    guards = program.GUARD in seen.rules
-    loaded = trace_program.load(wanted.sized(seen.sizes, guards=guards))
+    more = extras.loaded(seen.rules, seen.sizes, wanted.layout)
+    loaded = trace_program.load(extras.whole(wanted, more))
     counts = {name: len(rules) for name, rules in loaded.chains.items()}
     for name in sorted(counts.keys() | seen.rules.keys()):
         have, should = seen.rules.get(name), counts.get(name)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 from mesh.model.publish import Protocol
-from mesh.rules import elements, marks, owner, slots
+from mesh.rules import connlimits, elements, marks, owner, slots
 from mesh.rules.edition import EDITION, SLOT
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def _marks(layout: Layout) -> dict[str, str]:
 class Program:
     """The text for one node, and how a loaded copy of it is recognised.
 
-    `guard` is what is added to `inet` while policies select some of the node's replicas.
+    `guard` is what is added to `inet` while policies select some of the node's replicas, `counting`
+    what the text for limits of connections is made from (mesh.rules.extras).
     `schema` changes when sets, hooks or the layout of marks do, which only a new table can have;
     `version` changes with any line.  Both are 32 bits of a SHA-256.
     """
@@ -182,16 +183,12 @@ class Program:
     schema: int
     version: int
     layout: Layout
+    counting: connlimits.Words
 
     @property
     def text(self) -> str:
         """Everything, as one file for `nft -f`."""
         return self.inet + self.bridge
-
-    def sized(self, sizes: frozenset[int], *, guards: bool = False) -> str:
-        """`inet`, with a chain for each of these pool sizes too, and for policies."""
-        more = size_chains(sizes - static_sizes(self.layout), self.layout)
-        return self.inet + more + (self.guard if guards else "")
 
     @property
     def unhooked(self) -> str:
@@ -247,12 +244,14 @@ def build(parameters: Parameters) -> Program:
         declarations.append(str(layout))  # elements with marks of another one mean nothing
         fields = zip(LAYOUT_KEYS, (layout.packet_mark, layout.ct_mark), strict=True)
         told = "".join(f", {key} : 0x{mask:x}" for key, mask in fields)
-    schema, version = _digest("\n".join(declarations)), _digest(f"{EDITION} {text}{guard}")
+    counting = connlimits.Words(layout, parameters.prefixes[FAMILIES.index(Family.V6)])
+    more = guard + connlimits.added(frozenset((1,)), frozenset(), counting)
+    schema, version = _digest("\n".join(declarations)), _digest(f"{EDITION} {text}{more}")
     told = f"0 : 0x{schema:x}, 1 : 0x{version:x}{told}, {SLOT} : 0x{EDITION:x}"
     if parameters.owner != owner.AGENT:
         told += f", {owner.SLOT} : 0x{parameters.owner:x}"
     inet += f"add element inet mesh fingerprint {{ {told} }}\n"
-    return Program(inet, guard, mark + bridge, schema, version, layout)
+    return Program(inet, guard, mark + bridge, schema, version, layout, counting)
 
 
 @lru_cache(maxsize=8)

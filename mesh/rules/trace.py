@@ -10,15 +10,13 @@ import enum
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
 from mesh.model.address import FAMILIES
 from mesh.rules import (
     elements,
-    nft,
-    program,
+    extras,
     trace_program,
     trace_rule,
     trace_sets,
@@ -66,7 +64,8 @@ class Place:
     """A node: its program, what the maps hold, and its addresses beyond those of the mesh.
 
     `owners` names the service of each frontend id, as far as that is known.  `backend` is what
-    drives the node: clients are hashed, and chains are called, as it does.
+    drives the node: clients are hashed, and chains are called, as it does.  `held` is how many
+    connections the packet's client has, by frontend id.
     """
 
     parameters: Parameters
@@ -74,6 +73,7 @@ class Place:
     addresses: tuple[str, ...]
     owners: Mapping[int, str] = field(default_factory=dict)
     backend: str = "nftables"
+    held: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def by_iptables(self) -> bool:
@@ -200,19 +200,14 @@ class Trace:
         return {str(answer.target): answer.probability for answer in reached}
 
 
-@lru_cache(maxsize=64)
-def _load(parameters: Parameters, sizes: frozenset[int], guards: bool) -> trace_program.Loaded:
-    return trace_program.load(program.build(parameters).sized(sizes, guards=guards))
-
-
 def walk(packet: Packet, place: Place) -> Trace:
     """Everything that can become of a packet.
 
     Raises ValueError for a packet that cannot be: two families, or a sender that is not there.
     """
     _check(packet, place)
-    sizes = nft.sizes(place.elements, place.parameters.layout)
-    loaded = _load(place.parameters, sizes, elements.guarded(place.elements))
+    needed = extras.needed(place.elements, place.parameters.layout)
+    loaded = trace_program.whole(place.parameters, needed)
     sets = trace_sets.Sets(place.elements, loaded)
     first = _Walk(packet, place, loaded, sets)
     ending = first.run()
@@ -298,6 +293,7 @@ class _Walk:
             ether=elements.ether_bytes(packet.ether),
             by_iptables=place.by_iptables,
             layout=place.parameters.layout,
+            held=place.held,
         )
 
     def run(self) -> Ending:

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mesh.rules import extras, program
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from mesh.rules.extras import Extras
+    from mesh.rules.program import Parameters
 
 _WORD: Final = re.compile(r'"[^"]*"|[{}()]|[^\s{}(),][^\s{}()]*[^\s{}(),]|[^\s{}(),]')
 _BASE: Final = re.compile(r"type (\w+) hook (\w+) priority (-?\d+); policy accept;")
@@ -46,6 +51,12 @@ class Loaded:
     def hooked(self, hook: str) -> tuple[Base, ...]:
         """The chains of a hook in their order."""
         return tuple(base for base in self.bases if base.hook == hook)
+
+
+@lru_cache(maxsize=64)
+def whole(parameters: Parameters, needed: Extras) -> Loaded:
+    """A node's program with all that some elements need."""
+    return load(extras.whole(program.build(parameters), needed))
 
 
 @lru_cache(maxsize=64)

@@ -64,6 +64,8 @@ class Flow:
     draw: Draw | None = None
     by_iptables: bool = False
     layout: Layout = marks.DEFAULT
+    held: Mapping[int, int] = field(default_factory=dict)
+    """How many connections the client has already, by frontend id."""
 
 
 class Look(NamedTuple):
@@ -138,6 +140,8 @@ class _Reader:
             self.flow.tracked = False
         elif word == "dnat":
             self._dnat()
+        elif word in ("add", "update"):
+            self._count()
         elif self.words[-2:-5:-1] == ["option", "maxseg", "size"]:
             self.outcome.set = "TCP MSS = path MTU"
             self.words.clear()
@@ -148,6 +152,21 @@ class _Reader:
 
     def _aim(self, text: str) -> None:
         self.outcome.verdict, _, self.outcome.aim = text.partition(" ")
+
+    def _count(self) -> None:
+        """A set of counts: nothing is too many, but what the client has already."""
+        del self.words[-3:]  # add @counts4_10 {
+        words = self._listed()
+        if "over" not in words:
+            return
+        self.outcome.matched = _IP[words[words.index("saddr") - 1]] is self.flow.family
+        if self.outcome.matched:
+            limit, held = (
+                int(words[-1]),
+                self.flow.held.get(self.flow.layout.id_of(self.flow.ct_mark), 0),
+            )
+            self.outcome.looks.append(Look("counts", f"{held} of {limit}", ""))
+            self.outcome.matched = held >= limit
 
     def _dnat(self) -> None:
         del self.words[-3:]  # dnat ip to

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mesh.rules import elements, xtables_pools
+from mesh.rules import connlimits, elements, xtables_limits, xtables_pools
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +22,8 @@ _SETS: Final = {
     "nodes": "address of a node",
     "own": "address of this node's own ranges",
     "limited": "service with an allow list",
+    "connlimits": "limit of connections",
+    "counts": "connections that the client has",
     "allow": "allowed source",
     "sizes": "slots of the pool",
     "targets": "backend in slot",
@@ -56,6 +58,7 @@ _REASONS: Final = {
     "guarded": "a policy selects the replica, and none opens this port",
     "granted": "a policy selects the replica, and none lets this source connect to the port",
     "stray": "the VIP is alive, but has no such port",
+    connlimits.SURPLUS: "the client has as many connections here as the service lets it have",
     "tunnel_in": "the steering port is for nodes only",
     "raw_bridge": "a container may use addresses of its node's subnet only",
     "raw_overlay": "loopback addresses are this node's own",
@@ -95,6 +98,8 @@ _IPTABLES: Final = {
     "from_steer": "MESH-FROM-STEER",
     "dispatch": "MESH-FRONTEND",
     "refuse": "MESH-REFUSE",
+    "connlimit": "MESH-LIMITS",
+    connlimits.SURPLUS: "MESH-FULL",
     "decide": "MESH-DECIDE",
     "stay": "MESH-STAY",
     "steer": "MESH-OURS",
@@ -124,6 +129,8 @@ def chain(name: str, flow: Flow) -> str:
     """What the node calls a chain of the program that a flow is in."""
     if not flow.by_iptables:
         return name
+    if connlimits.loaded((name,)):
+        return xtables_limits.chain(flow.ct_mark, flow.layout)
     return _IPTABLES.get(stem(name)) or xtables_pools.chain(flow.ct_mark, flow.layout)
 
 
@@ -143,6 +150,8 @@ def _key(look: Look, layout: Layout) -> str:
     """Marks in the words of what they stand for."""
     if look.name in elements.POLICIES - elements.GUARDED:
         return _of_policy(look.key)
+    if look.name == "connlimits":
+        return f"{look.key.rpartition(' . ')[2]} per client"
     if stem(look.name) not in ("limited", "sizes"):
         return look.key
     mark = layout.parse(int(look.key, 0))

@@ -35,14 +35,15 @@ CANARY: Final = "MESH-CANARY"
 """One in each table.  Nothing jumps to it; its comment tells which program is loaded."""
 
 ROOTS: Final = {
-    "raw": ("MESH-ZONES", "MESH-PEERS"), "nat": ("MESH-POOLS",), "filter": ("MESH-GUARD",)
+    "raw": ("MESH-ZONES", "MESH-PEERS"), "nat": ("MESH-POOLS",), "filter": ("MESH-GUARD",),
+    "mangle": ("MESH-LIMITS",),
 }  # fmt: skip
 """Chains that the static ones jump to, and whose rules come from elements."""
 
-OWN: Final = re.compile(r"MESH-(?:[PHGC]-[0-9a-f-]+|T-[0-9]+-[0-9a-f]+)")
+OWN: Final = re.compile(r"MESH-(?:[PHGCL]-[0-9a-f-]+|[TU]-[0-9]+-[0-9a-f]+)")
 """Names of chains that come and go with elements."""
 
-POOL: Final = re.compile(r"MESH-[PH]-[0-9a-f-]+")
+POOL: Final = re.compile(r"MESH-[PHL]-[0-9a-f-]+")
 """Names of those that belong to one pool; the others lead to many."""
 
 DRAWS: Final = marks.MAX_SLOTS
@@ -228,6 +229,8 @@ def _marks(layout: Layout) -> dict[str, str]:
         "MARK": layout.ct_mark,
         "SLOTS": layout.slots,
         "REST": 0xFFFFFFFF & ~layout.slots,
+        "SIZE": layout.size,
+        "HASH": layout.hash,
         "OURS": layout.ours,
         "VIA": layout.via,
         "STAY": layout.stay,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mesh.delta import Delta
 from mesh.errors import ApplyFailed
 from mesh.model.address import FAMILIES, Family
-from mesh.rules import elements, ipsets, xtables, xtables_guards, xtables_peers
+from mesh.rules import elements, ipsets, xtables, xtables_guards, xtables_limits, xtables_peers
+from mesh.rules.xtables_limits import Limits
 from mesh.rules.xtables_pools import Pools
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Image:
             name: {} for name in elements.SETS if name not in elements.TARGETS
         }
         self._pools = {f"targets{family.suffix}": Pools(family, layout) for family in FAMILIES}
+        self._limits = Limits(layout)
 
     @staticmethod
     def parse(
@@ -75,6 +77,9 @@ class Image:
             more = xtables_peers.parse(raw) | xtables_guards.parse(family, filtered)
             for key, data in more.items():
                 found._put(key, data)
+            mangled = saved[family].get("mangle", xtables.Saved({})).chains
+            for key in xtables_limits.parse(family, mangled, layout):
+                found._put(key, b"")
             for mark in pools.limits():
                 found._put(("limited", elements.mark_bytes(mark)), b"")
         return found
@@ -92,8 +97,12 @@ class Image:
     def chains(self, family: Family) -> dict[str, Chains]:
         """All chains that elements come to, by table."""
         pools = self._pools[f"targets{family.suffix}"]
-        nat = pools.chains(pools.ids())
-        return {"raw": self._peers(), "nat": nat, "filter": self._guards(family)}
+        return {
+            "raw": self._peers(),
+            "nat": pools.chains(pools.ids()),
+            "filter": self._guards(family),
+            "mangle": self._limits.chains(family, self._limits.ids()),
+        }
 
     def _guards(self, family: Family) -> Chains:
         guarded = self._sets[f"guarded{family.suffix}"]
@@ -116,6 +125,8 @@ class Image:
             self._pools[name].put(elements.mark_of(text[:4]), elements.mark_of(text[4:]), data)
             return
         self._sets[name][text] = data
+        if name == "connlimits":
+            self._limits.put(text)
         if name == "limited":
             for pools in self._pools.values():
                 pools.limit(elements.mark_of(text))
@@ -126,6 +137,8 @@ class Image:
             self._pools[name].drop(elements.mark_of(text[:4]), elements.mark_of(text[4:]))
             return
         del self._sets[name][text]
+        if name == "connlimits":
+            self._limits.drop(text)
         if name == "limited":
             for pools in self._pools.values():
                 pools.unlimit(elements.mark_of(text))
@@ -154,6 +167,11 @@ class Image:
             {k: v for k, v in delta.remove.items() if delta.add.get(k) != self.get(k)},
             {k: v for k, v in delta.add.items() if self.get(k) != v},
         )
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether any frontend has a limit of connections."""
+        return bool(self._limits.ids())
 
     def lists(self) -> set[str]:
         """The sets of allow lists and grants that are in use."""
@@ -230,6 +248,10 @@ class Image:
             for name in self._pools
         }  # fmt: skip
         names = {key[0] for part in (delta.remove, delta.add) for key in part}
+        ids["mangle"] = {
+            self._layout.id_of(elements.connlimit_of(text)[0])
+            for part in (delta.remove, delta.add) for name, text in part if name == "connlimits"
+        }  # fmt: skip
         before = self._touched(ids, names)
         self.update(delta)
         after = self._touched(ids, names)
@@ -256,6 +278,7 @@ class Image:
                 "raw": {} if names.isdisjoint(_PEERS) else self._peers(),
                 "filter": {} if names.isdisjoint(_DOORS) else self._guards(family),
                 "nat": self._pools[name].chains(ids[name]) if ids[name] else {},
+                "mangle": self._limits.chains(family, ids["mangle"]) if ids["mangle"] else {},
             }
             for family, name in zip(FAMILIES, self._pools, strict=True)
         }

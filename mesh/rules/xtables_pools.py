@@ -12,12 +12,12 @@ import re
 import struct
 from collections import Counter
 from functools import lru_cache, reduce
-from itertools import pairwise
 from operator import xor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mesh.model import address
 from mesh.rules import elements, ipsets, jhash, xtables, xtables_draws
+from mesh.rules.xtables_tree import Names, Tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
     Slots = Mapping[int, bytes]
 
-_SHIFTS: Final = (16, 12, 8, 4, 0)
-"""The tree branches 16 ways on these bits of the id: 2 look-ups at 10 ids, 26 rules at 10 000."""
-
-_ROOT: Final = 20
-_ID_BITS: Final = 18
+_NAMES: Final = Names("MESH-POOLS", "MESH-T-", "MESH-P-")
 
 _ANY: Final = "! -p icmp"
 """DNAT to a port wants a protocol named that has ports, or ICMP; a pool serves all but that one,
@@ -54,7 +50,7 @@ class Pools:
         self._layout = layout
         self._targets: dict[int, dict[int, dict[int, bytes]]] = {}
         self._limited: dict[int, set[int]] = {}
-        self._children: dict[tuple[int, int], set[int]] = {}
+        self._tree = Tree(_NAMES, layout)
 
     def get(self, mark: int, slot: int) -> bytes | None:
         """The target in a slot."""
@@ -113,42 +109,14 @@ class Pools:
 
     def chains(self, ids: Iterable[int]) -> Chains:
         """The chains of some ids, and those that lead there."""
+        wanted = list(ids)
         found: Chains = {}
-        nodes: set[tuple[int, int]] = {(_ROOT, 0)}
-        for number in ids:
+        for number in wanted:
             found |= self._pool(number)
-            nodes |= {(shift, number >> shift) for shift in _SHIFTS[:-1]}
-        for node in sorted(nodes):
-            if node in self._children or node == (_ROOT, 0):
-                found[_name(*node)] = self._branches(node)
-        return found
+        return found | self._tree.above(wanted)
 
     def _settle(self, number: int) -> None:
-        """Make the tree lead to an id if it has a chain.  Id 0 is nobody's."""
-        exists = number in self._targets or number in self._limited
-        if exists == (number in self._children.get((_SHIFTS[-2], number >> _SHIFTS[-2]), ())):
-            return
-        steps = list(pairwise((_ROOT, *_SHIFTS)))
-        if exists and number:
-            for above, below in steps:
-                self._children.setdefault((above, number >> above), set()).add(number >> below)
-            return
-        for above, below in reversed(steps):
-            node = above, number >> above
-            children = self._children.get(node, set())
-            children.discard(number >> below)
-            if children:
-                break
-            self._children.pop(node, None)
-
-    def _branches(self, node: tuple[int, int]) -> Rules:
-        shift = _SHIFTS[(_ROOT, *_SHIFTS).index(node[0])]
-        id_bits = self._layout.id_bits
-        mask = id_bits((1 << _ID_BITS) - 1 >> shift << shift)
-        return tuple(
-            f"-m connmark --mark 0x{id_bits(child << shift):x}/0x{mask:x} -g {_name(shift, child)}"
-            for child in sorted(self._children.get(node, ()))
-        )
+        self._tree.settle(number, exists=number in self._targets or number in self._limited)
 
     def _pool(self, number: int) -> Chains:
         """The chain of an id.  Two pools are in it while one takes the other's place."""
@@ -172,7 +140,7 @@ class Pools:
                 found |= buckets
             else:
                 rules += _draw(mark, pools[mark], chosen)
-        return {_name(0, number): tuple(rules), **found} if rules else found
+        return {_NAMES.of_leaf(number): tuple(rules), **found} if rules else found
 
     def parse(self, chains: Chains) -> None:
         """Take over what saved chains hold; what cannot be understood is left out."""
@@ -217,13 +185,7 @@ class Pools:
 
 def chain(mark: int, layout: Layout) -> str:
     """The chain that the pool of a mark is in."""
-    return _name(0, layout.id_of(mark))
-
-
-def _name(shift: int, value: int) -> str:
-    if shift == _ROOT:
-        return "MESH-POOLS"
-    return f"MESH-T-{shift}-{value:x}" if shift else f"MESH-P-{value:05x}"
+    return _NAMES.of_leaf(layout.id_of(mark))
 
 
 def _draw(mark: int, slots: Slots, guard: str) -> Iterator[str]:

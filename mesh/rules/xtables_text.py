@@ -46,6 +46,8 @@ def text(rules: Rules, owners: Collection[str] | None = None) -> Iterator[str]:
             lines = xtables.restore("nat", Delta({}, pools))
             guards = {name: rules for name, rules in dynamic["filter"].items() if rules}
             lines += xtables.restore("filter", Delta({}, guards))
+            limits = {n: r for n, r in dynamic["mangle"].items() if xtables.POOL.fullmatch(n)}
+            lines += xtables.restore("mangle", Delta({}, limits))
         if lines:
             yield f"# for: {_program(rules, family)}-restore --noflush"
             yield from lines.splitlines()

@@ -108,5 +108,6 @@ def _forwarding(
             prefix=spec.affine_prefix,
             source=spec.source,
             allow=spec.allow,
+            limit=spec.limit,
         )
     ]

@@ -272,7 +272,7 @@ def fates(packet: Packet, world: World | None, node: Node) -> set[Fate]:
 REPLICA: Final = Replica(2, 1, draining=False, unhealthy=False, families=FAMILIES)
 WEB: Final = Service(
     1, vip=True, affinity=Affinity.NONE, source=Source.PRESERVE, prefer=Prefer.ANY, allow=(),
-    ports=(Port(80, Protocol.TCP, PublishMode.INGRESS, 30100),),
+    limit=0, ports=(Port(80, Protocol.TCP, PublishMode.INGRESS, 30100),),
     replicas=(REPLICA, replace(REPLICA, node=3, weight=2)),
 )  # fmt: skip
 STICKY: Final = replace(WEB, affinity=Affinity.CLIENT_IP)

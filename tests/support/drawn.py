@@ -96,6 +96,7 @@ class Service:
     source: Source
     prefer: Prefer
     allow: tuple[str, ...]
+    limit: int
     ports: tuple[Port, ...]
     replicas: tuple[Replica, ...]
     fallback: Fallback | None = None
@@ -179,7 +180,7 @@ def _records(service: Service) -> Iterator[tuple[str, Record]]:
            "mode": p.mode.value, "hostIP": p.host_ip} for p in service.ports),
         vip="auto" if service.vip else "none", affinity=service.affinity.value,
         source=service.source.value, prefer=service.prefer.value, allow=service.allow,
-        health=_check(service), **_prefix(service),
+        limitConnections=service.limit, health=_check(service), **_prefix(service),
     ).items()  # fmt: skip
     if service.vip:
         yield from records.vip(name, service.number).items()
@@ -275,6 +276,7 @@ def services(draw: st.DrawFn, number: int) -> Service:
         source=draw(st.sampled_from((Source.PRESERVE, Source.PRESERVE, Source.MASQUERADE))),
         prefer=draw(st.sampled_from((Prefer.ANY, Prefer.ANY, *Prefer))),
         allow=draw(_allowed()),
+        limit=draw(st.sampled_from((0, 0, 1, 20))),
         ports=draw(_ports(number)),
         replicas=draw(_all_replicas()),
         fallback=draw(st.sampled_from((None, *Fallback))),

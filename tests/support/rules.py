@@ -83,6 +83,9 @@ def samples(spec: SetSpec, count: int, layout: Layout = marks.DEFAULT) -> Elemen
             subnet = f"10.{number}.0.0/16" if spec.name.endswith("4") else f"fd00:{number}::/32"
             found[elements.allow_key(layout.id_bits(1), subnet, layout)] = b""
             continue
+        if spec.name == "connlimits":
+            found[elements.connlimit_key(layout.id_bits(number), 10 * number)] = b""
+            continue
         if spec.name in elements.POLICIES:
             found |= _of_policies(spec, number)
             continue

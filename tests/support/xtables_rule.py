@@ -102,7 +102,12 @@ def _not(check: Match, flow: Flow, sets: Sets) -> bool:
 
 # ---- matches
 
-_IGNORED: Final[dict[str, Callable[[Iterator[str]], str]]] = {"--comment": next, "--mode": next}
+_IGNORED: Final[dict[str, Callable[[Iterator[str]], str]]] = {
+    "--comment": next,
+    "--mode": next,
+    "--connlimit-mask": next,
+    "--connlimit-saddr": lambda _words: "",
+}
 
 
 def _masked(words: Iterator[str]) -> tuple[int, int]:
@@ -221,6 +226,7 @@ _MATCHES: Final[dict[tuple[str, str], Callable[[Iterator[str]], Match]]] = {
     ("conntrack", "--ctdir"): _direction,
     ("addrtype", "--dst-type"): _local,
     ("bpf", "--bytecode"): _bytecode,
+    ("connlimit", "--connlimit-above"): _never,  # the client of a first packet has no other
 }
 
 

@@ -10,7 +10,12 @@ from mesh.rules import edition, elements, ipsets, program
 from mesh.rules.edition import EDITION
 from tests.support import rules
 
-KNOWN = {1: (0x9F780BA6, "374cb96d"), 2: (0x226C0A17, "374cb96d"), 3: (0x70A69A08, "374cb96d")}
+KNOWN = {
+    1: (0x9F780BA6, "374cb96d"),
+    2: (0x226C0A17, "374cb96d"),
+    3: (0x70A69A08, "374cb96d"),
+    4: (0x21F5D51E, "374cb96d"),
+}
 """By edition: the schema of the nftables program, and a digest of the ipsets."""
 
 

@@ -341,6 +341,39 @@ def test_a_walk_can_be_shown_and_sent() -> None:
     assert "hairpin" in shown
 
 
+@pytest.mark.parametrize(
+    ("packet", "held", "verdict"),
+    [
+        (Packet(CLIENT, NODE, TCP, 8080), 2, Verdict.FORWARDED),
+        (Packet(CLIENT, NODE, TCP, 8080), 3, Verdict.REFUSED),
+        (Packet("2001:db8:9::1", "2001:db8::1", TCP, 8080), 3, Verdict.REFUSED),
+        (Packet("fd11:2233:4455:1::5", "2001:db8::1", TCP, 8080, Entry.CONTAINER), 3,
+         Verdict.REFUSED),
+        (Packet("2001:db8:9::1", "2001:db8::1", TCP, 8080), 2, Verdict.FORWARDED),
+        (Packet(LOCAL, VIP, TCP, 81, Entry.CONTAINER), 3, Verdict.FORWARDED),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["nftables", "iptables-nft"])
+def test_a_limit_of_connections_is_told_as_the_reason(
+    packet: Packet, held: int, verdict: Verdict, backend: str
+) -> None:
+    both = (*ANYONE, Backend("fd11:2233:4455:1::5", 80))
+    other = Frontend(Scope.VIP, VIP, TCP, 81)
+    limited = place(
+        Forwarding("web/80/tcp", (INGRESS,), both, limit=3),
+        Forwarding("other/80/tcp", (other,), both, limit=10),
+    )
+
+    found = trace.walk(packet, replace(limited, held={1: held}, backend=backend))
+
+    assert found.verdict is verdict
+    if verdict is Verdict.REFUSED:
+        assert "as many connections here as the service lets it have" in found.ending.reason
+        assert "connections that the client has 3 of 3" in {step.what for step in found.steps}
+        chain = "MESH-L-00001" if backend != "nftables" else "connlimit_3"
+        assert chain in {step.where for step in found.steps}
+
+
 def test_a_policy_is_told_as_the_reason() -> None:
     door = Door(TCP, 80, 80, "grant")
     guarded = Guards(
