@@ -60,6 +60,7 @@ class Facts(NamedTuple):
     volumes: Mapping[Port, Volume]
     statistics: Statistics | None
     lost: int
+    surplus: Mapping[str, int]
 
 
 class Metrics:
@@ -90,6 +91,7 @@ class Metrics:
     async def _facts(self) -> Facts:
         published: set[Port] = set()
         volumes: Mapping[Port, Volume] = {}
+        surplus: Mapping[str, int] = {}
         installed, statistics, lost = None, None, 0
         if self._rules is not None:
             installed, local = self._rules.installed(), self._state.local_ingress()
@@ -97,6 +99,7 @@ class Metrics:
             traffic = self._rules.traffic
             volumes = await traffic.read(published)
             statistics, lost = await traffic.statistics(), traffic.lost
+            surplus = await self._rules.surplus()
         state, node = self._state, self._state.node_view()
         peers = state.peers()
         return Facts(
@@ -115,6 +118,7 @@ class Metrics:
             volumes=dict(volumes),
             statistics=statistics,
             lost=lost,
+            surplus=surplus,
         )
 
 
@@ -146,6 +150,7 @@ class _Collected:
         yield from _build(facts.installed)
         yield from _publishing(facts)
         yield from _rules(facts.installed, tally)
+        yield from _surplus(facts)
         yield from _cluster(facts)
         yield from _troubles(facts)
         yield from _conntrack(facts)
@@ -273,6 +278,15 @@ def _rules(installed: Installed | None, tally: Tally) -> Iterator[Metric]:
     )
     yield _counter(
         "mesh_elements_changed_total", "Elements written to the rules.", "change", tally.elements
+    )
+
+
+def _surplus(facts: Facts) -> Iterator[Metric]:
+    yield _counter(
+        "mesh_connections_over_limit_total",
+        "Connections refused because their client had as many as the service lets it have.",
+        "service",
+        facts.surplus,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -147,6 +148,19 @@ class Rules:
             frontends=self._reconciler.frontends(),
             healings=self._history.report(),
         )
+
+    async def surplus(self) -> dict[str, int]:
+        """How many connections limits refused, by service; nothing where it cannot be read."""
+        found: Counter[str] = Counter()
+        try:
+            counted = await self._driver.surplus()
+        except (CommandFailed, HostNotReady, NotFound) as error:
+            log.warning("surplus connections cannot be read: %s", error)
+            return {}
+        for number, count in counted.items():
+            if (pool := self._reconciler.pool(number)) is not None:
+                found[pool.partition("/")[0]] += count
+        return dict(found)
 
     def _written(self, delta: ElementDelta) -> None:
         self._flows.written(delta)

@@ -49,6 +49,7 @@ def facts(tally: Tally | None = None) -> Facts:
         volumes={WEB: Volume(3, 30, 300)},
         statistics=Statistics(5, 100, {"early_drop": 1, "drop": 0, "insert_failed": 0}),
         lost=0,
+        surplus={"web": 4},
     )
 
 
