@@ -105,6 +105,13 @@ _OPTIONS = (
         "--allow", multiple=True, metavar="PREFIX", help="Who may connect; repeatable (all)."
     ),
     click.option(
+        "--limit-connections",
+        type=click.IntRange(0, 65_535),
+        metavar="N",
+        help="How many connections at a time a client may have to each port, on each node; 0: as "
+        "many as it likes.",
+    ),
+    click.option(
         "--drain",
         metavar="DURATION",
         help="How long connections of a task that leaves may go on [default: 10s].",
@@ -286,6 +293,8 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     if given["allow"]:
         with options.naming("--allow"):
             found["allow"] = tuple(parse_prefix(text) for text in given["allow"])
+    if given["limit_connections"] is not None:
+        found["limit_connections"] = given["limit_connections"]
     if given["drain"] is not None:
         with options.naming("--drain"):
             parse_duration(given["drain"])

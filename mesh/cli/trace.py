@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+from collections import Counter
+from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,10 +14,11 @@ import click
 from mesh import errors
 from mesh.cli import engine, options, output
 from mesh.cli.names import Names
+from mesh.dataplane.conntrack import Conntrack
 from mesh.model import address
 from mesh.model.address import Family
 from mesh.model.publish import PORTS, Protocol
-from mesh.rules import dump, trace_show
+from mesh.rules import connlimits, dump, elements, trace_show
 from mesh.rules import trace as walking
 from mesh.rules.trace import Entry, Packet, Place
 from mesh.vip import eligibility
@@ -56,11 +61,14 @@ def trace(
     elif enters is not None:
         packet = packet._replace(entry=Entry(enters))
     owners = dump.frontends(rules.owners, rules.parameters.layout)
+    held: Counter[int] = Counter()
+    if found is not None and found.kernel is not None:
+        held = asyncio.run(_held(packet, found.kernel))
     with options.naming("SRC DST"):
-        wanted = walking.walk(packet, _place(rules, owners))
+        wanted = walking.walk(packet, replace(_place(rules, owners), held=held))
     real = None
     if found is not None and found.kernel is not None:
-        real = walking.walk(packet, _place(found.kernel, owners))
+        real = walking.walk(packet, replace(_place(found.kernel, owners), held=held))
         if found.differences:
             output.warn("the program in the kernel is not as it should be: `mesh rules diff`")
     placement = _placement(found, wanted) if found is not None else ""
@@ -72,6 +80,23 @@ def trace(
 
 def _place(rules: Rules, owners: Mapping[int, str]) -> Place:
     return Place(rules.parameters, rules.elements, rules.addresses, owners, rules.backend)
+
+
+async def _held(packet: Packet, rules: Rules) -> Counter[int]:
+    """How many connections the client of a packet has by now, by frontend id: only where a limit
+    makes that matter.
+    """
+    layout, prefixes6 = rules.parameters.layout, rules.parameters.prefixes[1]
+    if not elements.connlimits(rules.elements):
+        return Counter()
+    with closing(Conntrack(layout)) as conntrack:
+        flows = await conntrack.flows(layout.ours, layout.ours | layout.via)
+    client = connlimits.client(packet.source, prefixes6)
+    return Counter(
+        layout.id_of(flow.mark)
+        for flow in flows
+        if flow.live and connlimits.client(address.unpacked(flow.source[0]), prefixes6) == client
+    )
 
 
 # ---- what is asked

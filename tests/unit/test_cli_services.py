@@ -116,6 +116,19 @@ def test_a_local_health_port_is_asked_for_and_given_up(cli: CommandLine) -> None
     assert "localHealthPort" not in cli.get(KEYS.service("web"))
 
 
+def test_a_limit_of_connections_is_written_and_taken_back(cli: CommandLine) -> None:
+    cli.ok("service", "create", "web", "-p", "80:80", "--limit-connections", "100", "--no-wait")
+    assert cli.get(KEYS.service("web"))["limitConnections"] == 100
+    assert cli.json("service", "inspect", "web")["spec"]["limitConnections"] == 100
+
+    cli.ok("service", "update", "web", "--drain", "1s", "--no-wait")
+    assert cli.get(KEYS.service("web"))["limitConnections"] == 100
+    cli.ok("service", "update", "web", "--limit-connections", "0", "--no-wait")
+
+    assert "limitConnections" not in cli.get(KEYS.service("web"))
+    assert cli.run("service", "update", "web", "--limit-connections", "65536").exit_code == 2
+
+
 def test_create_shows_the_vip_and_every_port_with_its_mode(cli: CommandLine) -> None:
     cli.allocate("web", 1, ("tcp", 8080, 80))
 
