@@ -13,7 +13,8 @@ import pytest
 
 from mesh.model.publish import Protocol
 from tests.support.cluster import PORT, Cluster, cluster, ingress, put, withdraw
-from tests.support.requests import REFUSED, Answer, Outcome, ask_all
+from tests.support.requests import REFUSED, Answer, Outcome, again, ask_all, held
+from tests.support.scrape import scrape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 WEB: Final = 8080
+FEW: Final = 8090
 LET_IN: Final = ("k2", "c1", "n1", "a1")
 OTHERS: Final = ("k1", "c2", "n2")
 
@@ -114,3 +116,37 @@ async def test_a_policy_follows_the_tasks(mesh: Cluster) -> None:
 
     assert {one: said for one, said in friend.items() if not isinstance(said, Answer)} == {}
     assert {one: said for one, said in stranger.items() if said != REFUSED} == {}
+
+
+async def test_every_node_lets_a_client_have_as_many_connections_as_the_service_says(
+    mesh: Cluster,
+) -> None:
+    """The replica is on n1: what comes in by n2 counts there, and not on n1."""
+    mesh.service("few", *ingress(FEW), limitConnections=2)
+    mesh.task("few", "a1")
+    await mesh.allocated("few")
+    await mesh.settled()
+    nodes = [mesh.addresses(node) for node in ("n1", "n2")]
+    ways = [
+        *mesh.asks(["c1"], [a for pair in nodes for a in pair], FEW),
+        *mesh.asks(["c2"], [v4 for v4, _ in nodes], FEW),  # over IPv6 it is in c1's network
+        *mesh.asks(["k1", "k2", "n2"], mesh.vips("few"), PORT),
+    ]
+    ways = [one for one in ways if one.protocol is Protocol.TCP]
+
+    async with held(3 * ways) as opened:
+        told = {one: [o for h, o in opened.items() if h.asked == one] for one in ways}
+        served = [h for h, outcome in opened.items() if isinstance(outcome, Answer)]
+        pages = [await scrape(mesh, node) for node in ("n1", "n2")]
+        mesh.service("few", *ingress(FEW))
+        await mesh.settled()
+        more = await ask_all(3 * ways)
+        still = await again(served)
+
+    for way, outcomes in told.items():
+        assert sum(isinstance(one, Answer) for one in outcomes) == 2, way
+        assert outcomes.count(REFUSED) == 1, way
+    metric = "mesh_connections_over_limit_total"
+    assert sum(page.sum(metric, service="few") for page in pages) == len(ways)
+    assert [one for one in (*more, *still.values()) if not isinstance(one, Answer)] == []
+    await withdraw(mesh, "services/few", "tasks/few/a1")
