@@ -232,6 +232,6 @@ def test_the_schema_of_one_kind_accepts_what_the_verbs_write(cli: CommandLine) -
 
     assert set(whole["properties"]) >= {"cluster", "service", "task", "node"}
     assert one["$ref"] == "#/$defs/ServiceSpec"
-    cli.ok("service", "create", "web", "--no-wait")
+    cli.ok("service", "create", "web", "--limit-connections", "9", "--no-wait")
     fields = set(one["$defs"]["ServiceSpec"]["properties"])
     assert set(cli.get(KEYS.service("web"))) <= fields
