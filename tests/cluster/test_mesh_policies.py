@@ -7,12 +7,15 @@ node ask.  The policy lets in k2, of the service `friends`, and the client c1.
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from mesh.lab import environment
 from mesh.model.publish import Protocol
-from tests.support.cluster import PORT, Cluster, cluster, ingress, put, withdraw
+from tests.support.cluster import LIMIT, PORT, Cluster, cluster, ingress, put, withdraw
 from tests.support.requests import REFUSED, Answer, Outcome, again, ask_all, held
 from tests.support.scrape import scrape
 
@@ -118,6 +121,18 @@ async def test_a_policy_follows_the_tasks(mesh: Cluster) -> None:
     assert {one: said for one, said in stranger.items() if said != REFUSED} == {}
 
 
+def _trace(mesh: Cluster, node: str, source: str, address: str) -> str:
+    """What a node says becomes of another connection."""
+    enter = ("nsenter", f"--target={mesh.node(node).agent_pid}", "--net", "--mount", "--pid", "--")
+    verb = (sys.executable, "-m", "mesh", "--config", str(environment.CONFIG), "trace")
+    done = subprocess.run(
+        (*enter, *verb, source, f"{address}:{FEW}"),
+        capture_output=True, text=True, check=False, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 async def test_every_node_lets_a_client_have_as_many_connections_as_the_service_says(
     mesh: Cluster,
 ) -> None:
@@ -138,6 +153,10 @@ async def test_every_node_lets_a_client_have_as_many_connections_as_the_service_
         told = {one: [o for h, o in opened.items() if h.asked == one] for one in ways}
         served = [h for h, outcome in opened.items() if isinstance(outcome, Answer)]
         pages = [await scrape(mesh, node) for node in ("n1", "n2")]
+        traces = [
+            await asyncio.to_thread(_trace, mesh, "n2", mesh.addresses(who)[0], nodes[1][0])
+            for who in ("c1", "n2")
+        ]
         mesh.service("few", *ingress(FEW))
         await mesh.settled()
         more = await ask_all(3 * ways)
@@ -148,5 +167,6 @@ async def test_every_node_lets_a_client_have_as_many_connections_as_the_service_
         assert outcomes.count(REFUSED) == 1, way
     metric = "mesh_connections_over_limit_total"
     assert sum(page.sum(metric, service="few") for page in pages) == len(ways)
+    assert ["as many connections here" in trace for trace in traces] == [True, False]
     assert [one for one in (*more, *still.values()) if not isinstance(one, Answer)] == []
     await withdraw(mesh, "services/few", "tasks/few/a1")
