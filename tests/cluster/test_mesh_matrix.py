@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pytest
@@ -22,7 +21,18 @@ import pytest
 from mesh.model.address import FAMILIES, Family, family_of
 from mesh.model.publish import Protocol
 from tests.support.cluster import LIMIT, PORT, Cluster, cluster, host, ingress
-from tests.support.requests import BRIEF, REFUSED, SILENCE, SPOKEN, Answer, Ask, Outcome, ask_all
+from tests.support.requests import (
+    BRIEF,
+    REFUSED,
+    SILENCE,
+    SPOKEN,
+    UNLIKELY,
+    Answer,
+    Ask,
+    Outcome,
+    ask_all,
+    strayed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,27 +45,36 @@ CONTAINERS: Final = {"k1": "n1", "k2": "n2", "k3": "n3"}
 INSIDE: Final = (*CONTAINERS, *NODES)
 EVERYBODY: Final = (*CLIENTS, *INSIDE)
 
-WEB, MASQUERADED, HOSTED, EMPTY = 8080, 8081, 8082, 8083
+WEB, MASQUERADED, HOSTED, EMPTY, WEIGHTED = 8080, 8081, 8082, 8083, 8084
+SOURCES: Final = {"web": WEB, "masqueraded": MASQUERADED}
+"""Services by what they show of a client from outside; clients inside are always themselves."""
+
+REPLICAS: Final = {"a1": "n1", "a2": "n1", "b1": "n2"}
+WEIGHTS: Final = {"web": {"a1": 1, "a2": 1, "b1": 1}, "weighted": {"a1": 5, "a2": 1, "b1": 3}}
+DRAWS: Final = 160
 
 
 @pytest.fixture(scope="module", params=("nftables", "iptables-nft", "iptables-legacy"))
 def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    replicas = (("a1", "n1"), ("a2", "n1"), ("b1", "n2"), *CONTAINERS.items())
-    with cluster("matrix", 3, *replicas, backend=request.param) as made:
+    with cluster(
+        "matrix", 3, *REPLICAS.items(), *CONTAINERS.items(), backend=request.param
+    ) as made:
         asyncio.run(_furnish(made))
         yield made
 
 
 async def _furnish(mesh: Cluster) -> None:
-    mesh.service("web", *ingress(WEB))
-    for replica in ("a1", "a2", "b1"):
-        mesh.task("web", replica)
+    for service, weights in WEIGHTS.items():
+        mesh.service(service, *ingress(WEB if service == "web" else WEIGHTED))
+        for replica, weight in weights.items():
+            mesh.task(service, replica, weight=weight)
     mesh.service("masqueraded", *ingress(MASQUERADED), source="masquerade")
-    mesh.task("masqueraded", "b1")
+    for replica in REPLICAS:
+        mesh.task("masqueraded", replica)
     mesh.service("hosted", *host(HOSTED))
     mesh.task("hosted", "b1")
     mesh.service("empty", *ingress(EMPTY))
-    await mesh.allocated("web", "masqueraded", "hosted", "empty")
+    await mesh.allocated(*WEIGHTS, "masqueraded", "hosted", "empty")
 
 
 class Case(NamedTuple):
@@ -117,36 +136,43 @@ async def test_a_published_port_shows_clients_as_they_are(mesh: Cluster, node: s
     assert {a.replica for _, a in found if isinstance(a, Answer)} == {"a1", "a2", "b1"}
 
 
+@pytest.mark.parametrize("service", SOURCES)
 @pytest.mark.parametrize("node", NODES)
-async def test_a_published_port_shows_containers_as_they_are(mesh: Cluster, node: str) -> None:
-    found = await outcomes(3 * cases(mesh, CONTAINERS, mesh.addresses(node), WEB))
+async def test_a_published_port_shows_containers_as_they_are(
+    mesh: Cluster, node: str, service: str
+) -> None:
+    found = await outcomes(4 * cases(mesh, CONTAINERS, mesh.addresses(node), SOURCES[service]))
 
     for case, answer in found:
         assert isinstance(answer, Answer), (case, answer)
         assert answer.client == own_address(mesh, case.client, case.family), case
+    assert {a.replica for _, a in found if isinstance(a, Answer)} == REPLICAS.keys()
 
 
+@pytest.mark.parametrize("service", SOURCES)
 @pytest.mark.parametrize("node", NODES)
 async def test_a_published_port_shows_nodes_by_an_address_of_theirs(
-    mesh: Cluster, node: str
+    mesh: Cluster, node: str, service: str
 ) -> None:
-    found = await outcomes(3 * cases(mesh, NODES, mesh.addresses(node), WEB))
+    found = await outcomes(4 * cases(mesh, NODES, mesh.addresses(node), SOURCES[service]))
 
     for case, answer in found:
         assert isinstance(answer, Answer), (case, answer)
         own = overlay(mesh, case.client, case.family)
         local = {own, own_address(mesh, case.client, case.family)}
         assert answer.client in (local if answer.node == case.client else {own}), case
+    assert {a.replica for _, a in found if isinstance(a, Answer)} == REPLICAS.keys()
 
 
 @pytest.mark.parametrize("node", NODES)
 async def test_a_masquerading_service_sees_the_ingress_node(mesh: Cluster, node: str) -> None:
-    found = await outcomes(cases(mesh, CLIENTS, mesh.addresses(node), MASQUERADED))
+    found = await outcomes(6 * cases(mesh, CLIENTS, mesh.addresses(node), MASQUERADED))
 
     for case, answer in found:
         assert isinstance(answer, Answer), (case, answer)
-        here = own_address(mesh, case.client, case.family)
-        assert answer.client == (here if node == "n2" else overlay(mesh, node, case.family)), case
+        here, there = own_address(mesh, case.client, case.family), overlay(mesh, node, case.family)
+        assert answer.client == (here if answer.node == node else there), case
+    assert {a.replica for _, a in found if isinstance(a, Answer)} == REPLICAS.keys()
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -157,32 +183,53 @@ async def test_a_published_port_without_a_backend_is_refused(mesh: Cluster, node
 # ---- VIPs
 
 
-async def test_a_vip_answers_whoever_is_inside(mesh: Cluster) -> None:
-    found = await outcomes(4 * cases(mesh, INSIDE, mesh.vips("web"), PORT))
+@pytest.mark.parametrize("service", SOURCES)
+async def test_a_vip_answers_whoever_is_inside(mesh: Cluster, service: str) -> None:
+    found = await outcomes(4 * cases(mesh, INSIDE, mesh.vips(service), PORT))
 
     for case, answer in found:
         assert isinstance(answer, Answer), (case, answer)
         inside = case.client in CONTAINERS
         own = (own_address if inside else overlay)(mesh, case.client, case.family)
         assert answer.client == own, case
-    assert {a.replica for _, a in found if isinstance(a, Answer)} == {"a1", "a2", "b1"}
+    assert {a.replica for _, a in found if isinstance(a, Answer)} == REPLICAS.keys()
 
 
-async def test_a_replica_reaches_itself_through_its_vip(mesh: Cluster) -> None:
-    found = await outcomes(cases(mesh, ["b1"], mesh.vips("hosted"), PORT))
+@pytest.mark.parametrize("service", SOURCES)
+async def test_replicas_reach_themselves_and_each_other(mesh: Cluster, service: str) -> None:
+    """Each through the VIP, and through the published port of every node."""
+    through = [(mesh.vips(service), PORT)]
+    through += [(mesh.addresses(node), SOURCES[service]) for node in NODES]
+    asked = [case for way, port in through for case in cases(mesh, REPLICAS, way, port)]
+
+    found = await outcomes(3 * asked)
 
     for case, answer in found:
         assert isinstance(answer, Answer), (case, answer)
+        itself = answer.client == own_address(mesh, case.client, case.family)
+        assert itself is (answer.replica != case.client), case  # or it would answer directly
+    for client in REPLICAS:
+        told = {a.replica for case, a in found if case.client == client and isinstance(a, Answer)}
+        assert told == REPLICAS.keys()
+
+
+async def test_a_replica_reaches_itself_through_its_host_port(mesh: Cluster) -> None:
+    through = cases(mesh, ["b1"], mesh.addresses("n2"), HOSTED)
+    through += cases(mesh, ["b1"], mesh.vips("hosted"), PORT)
+
+    for case, answer in await outcomes(through):
+        assert isinstance(answer, Answer), (case, answer)
         assert answer.replica == "b1"
-        assert answer.client not in mesh.containers["b1"].addresses  # or it would answer directly
+        assert answer.client not in mesh.containers["b1"].addresses
 
 
 async def test_a_vip_without_a_backend_is_refused(mesh: Cluster) -> None:
     expect_all(await outcomes(cases(mesh, INSIDE, mesh.vips("empty"), PORT)), REFUSED)
 
 
-async def test_another_port_of_a_vip_is_refused(mesh: Cluster) -> None:
-    expect_all(await outcomes(cases(mesh, INSIDE, mesh.vips("web"), PORT + 1)), REFUSED)
+@pytest.mark.parametrize("port", [PORT + 1, WEB])
+async def test_a_vip_refuses_all_but_target_ports(mesh: Cluster, port: int) -> None:
+    expect_all(await outcomes(cases(mesh, INSIDE, mesh.vips("web"), port)), REFUSED)
 
 
 async def test_an_address_that_is_nobodys_vip_is_silent(mesh: Cluster) -> None:
@@ -291,19 +338,16 @@ async def test_what_the_etcd3_package_writes_is_served(mesh: Cluster) -> None:
 # ---- balance
 
 
+@pytest.mark.parametrize("service", WEIGHTS)
 @pytest.mark.parametrize("protocol", SPOKEN)
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_connections_are_spread_evenly(
-    mesh: Cluster, family: Family, protocol: Protocol
+async def test_every_node_spreads_connections_by_weight(
+    mesh: Cluster, family: Family, protocol: Protocol, service: str
 ) -> None:
-    index, count = FAMILIES.index(family), 300
-    published = Ask(mesh.netns("c2"), mesh.addresses("n3")[index], WEB, protocol)
-    vip = Ask(mesh.netns("k1"), mesh.vips("web")[index], PORT, protocol)
+    index, weights = FAMILIES.index(family), WEIGHTS[service]
+    port = WEB if service == "web" else WEIGHTED
+    outside = [Ask(mesh.netns("c2"), mesh.addresses(n)[index], port, protocol) for n in NODES]
+    vip = Ask(mesh.netns("k3"), mesh.vips(service)[index], PORT, protocol)
 
-    for one in (published, vip):
-        found = await ask_all([one] * count)
-        told = Counter(a.replica if isinstance(a, Answer) else a for a in found)
-
-        assert told.keys() == {"a1", "a2", "b1"}
-        chi_square = sum((n - count / 3) ** 2 / (count / 3) for n in told.values())
-        assert chi_square < 27.6  # two degrees of freedom, one in a million
+    for one in (*outside, vip):
+        assert strayed(await ask_all([one] * DRAWS), weights) < UNLIKELY, one

@@ -20,10 +20,13 @@ from mesh.model.address import Family, family_of
 from mesh.model.publish import Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 REFUSED: Final = "refused"
 SILENCE: Final = "silence"
+RESET: Final = "ConnectionResetError"
+CLOSED: Final = "closed"
+"""Ended before an answer, in good order."""
 
 SPOKEN: Final = (Protocol.TCP, Protocol.UDP)
 """What the lab's replicas answer."""
@@ -33,6 +36,9 @@ PATIENCE: Final = 30.0
 
 BRIEF: Final = 1.5
 """Seconds of silence that count as no answer, where none should come."""
+
+UNLIKELY: Final = 30.7
+"""Chi-square that fair draws among up to four exceed once in a million times."""
 
 _DOMAIN: Final = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _KIND: Final = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
@@ -82,10 +88,12 @@ async def ask(one: Ask, patience: float = PATIENCE) -> Outcome:
             return REFUSED
         except TimeoutError:
             return SILENCE
+        except ConnectionResetError:
+            return RESET
         except OSError as error:
             return type(error).__name__ + f" {error.errno}"
     if not said:
-        return "closed"
+        return CLOSED
     return _answer(said)
 
 
@@ -108,11 +116,16 @@ async def _exchange(own: socket.socket, one: Ask) -> bytes:
 
 
 class Held:
-    """A TCP connection that stays open, or a UDP flow from one port."""
+    """A TCP connection that stays open, or a UDP flow from one port: a `port` of its own choice, or
+    any.
+    """
 
-    def __init__(self, asked: Ask) -> None:
+    def __init__(self, asked: Ask, port: int = 0) -> None:
         self.asked = asked
         self._socket = born(asked.netns, asked.address, asked.protocol)
+        if port:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(("", port))
 
     async def again(self, patience: float = PATIENCE) -> Outcome:
         """Ask once more."""
@@ -126,7 +139,7 @@ class Held:
                 while not said.endswith(b"}\n"):
                     more = await loop.sock_recv(self._socket, 4096)
                     if not more:
-                        return "closed"
+                        return CLOSED
                     said += more
         except TimeoutError:
             return SILENCE
@@ -147,9 +160,12 @@ class Held:
 
 
 @asynccontextmanager
-async def held(asks: Iterable[Ask]) -> AsyncIterator[dict[Held, Outcome]]:
-    """Connections that stay open for the time of a block, and their first outcomes."""
-    connections = [Held(one) for one in asks]
+async def held(asks: Iterable[Ask], port: int = 0) -> AsyncIterator[dict[Held, Outcome]]:
+    """Connections that stay open for the time of a block, and their first outcomes.
+
+    All from one `port`, if it is given.
+    """
+    connections = [Held(one, port) for one in asks]
     try:
         outcomes = await asyncio.gather(*(one.again() for one in connections))
         yield dict(zip(connections, outcomes, strict=True))
@@ -182,16 +198,53 @@ async def replicas(asks: Iterable[Ask], patience: float = PATIENCE) -> set[str]:
     return {one.replica if isinstance(one, Answer) else one for one in found}
 
 
+_KINDS: Final = {REFUSED: REFUSED, RESET: "reset", CLOSED: "reset", SILENCE: "timed out"}
+
+
+def strayed(found: Iterable[Outcome], weights: Mapping[str, int]) -> float:
+    """Chi-square of who answered against what weights promise; all answered, and nobody else."""
+    told = Counter(a.replica if isinstance(a, Answer) else a for a in found)
+    assert told.keys() == {replica for replica, weight in weights.items() if weight}, told
+    share = told.total() / sum(weights.values())
+    wanted = {replica: share * weights[replica] for replica in told}
+    return sum((told[replica] - count) ** 2 / count for replica, count in wanted.items())
+
+
+class Failure(NamedTuple):
+    """A request that was not answered by whom it should; `began` as time.monotonic() tells it."""
+
+    kind: str
+    began: float
+    said: str
+
+
 @dataclass
 class Stream:
-    """New connections, again and again, from the moment it began."""
+    """New connections, again and again, from the moment it began.
+
+    `counts` has what became of them: answered, misrouted, refused, reset, timed out, other.
+    """
 
     asks: Sequence[Ask]
     sent: int = 0
     answered: Counter[str] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
     slowest: float = 0.0
     flying: set[asyncio.Task[None]] = field(default_factory=set)
+    expected: frozenset[str] = frozenset()
+
+    def expect(self, replicas: Iterable[str]) -> None:
+        """Who may answer from now on, for what is on its way beside those of before.
+
+        An answer of somebody else is misrouted.  Before the first time, anybody may answer.
+        """
+        self.expected = frozenset(replicas)
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """How many failed, by kind."""
+        return {kind: count for kind, count in self.counts.items() if kind != "answered"}
 
     def begin(self, asked: Ask, patience: float) -> None:
         task = asyncio.create_task(self._one(asked, patience))
@@ -203,14 +256,20 @@ class Stream:
         await asyncio.gather(*self.flying)
 
     async def _one(self, asked: Ask, patience: float) -> None:
-        began = time.monotonic()
+        began, expected = time.monotonic(), self.expected
         self.sent += 1
         outcome = await ask(asked, patience)
+        took = time.monotonic() - began
         if isinstance(outcome, Answer):
             self.answered[outcome.replica] += 1
-            self.slowest = max(self.slowest, time.monotonic() - began)
+            self.slowest = max(self.slowest, took)
+            right = not expected or outcome.replica in expected | self.expected
+            kind = "answered" if right else "misrouted"
         else:
-            self.failures.append(f"{outcome} after {time.monotonic() - began:.2f} s: {asked}")
+            kind = _KINDS.get(outcome, "other")
+        self.counts[kind] += 1
+        if kind != "answered":
+            self.failures.append(Failure(kind, began, f"{outcome} after {took:.2f} s: {asked}"))
 
     async def more(self, count: int) -> None:
         """Wait until `count` more requests were sent, however slow this machine is."""
