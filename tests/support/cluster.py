@@ -25,7 +25,7 @@ from mesh.model.cluster import Cluster as Mesh
 from mesh.model.publish import Protocol
 from mesh.rules.program import Devices, Parameters
 from mesh.store import schema
-from tests.support import gateway, readback
+from tests.support import gateway, lagging, readback
 from tests.support.layouts import marks_of
 from tests.support.requests import SPOKEN, Answer, Ask, ask, replicas
 
@@ -222,7 +222,11 @@ class Cluster:
             applied = self.records.under("applied/")
             return [n for n in names if applied.get(n, {}).get("revision", 0) < self.revision]
 
-        await until(lambda: not behind(), "the nodes apply what was written")
+        try:
+            await until(lambda: not behind())
+        except AssertionError:
+            why = await lagging.told(self.lab.name, self.records, behind(), self.revision)
+            raise AssertionError(why) from None
 
     async def allocated(self, *services: str) -> None:
         """Wait until services have their VIPs and ingress ports, and all nodes know."""
