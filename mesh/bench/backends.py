@@ -1,4 +1,4 @@
-"""The drivers that are measured, on node 1 of the synthetic cluster."""
+"""The drivers that are measured, on nodes of the synthetic cluster."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from mesh.rules.program import Devices, Parameters
 if TYPE_CHECKING:
     from mesh.dataplane.protocol import Driver
 
-DEVICES: Final = Devices(
-    "warren0", "warren-x0", "warren-br0", records.CLUSTER.network(1).bridge_mac
-)
+
+def devices(number: int = 1) -> Devices:
+    """The devices of a node of the synthetic cluster."""
+    mac = records.CLUSTER.network(number).bridge_mac
+    return Devices("warren0", "warren-x0", "warren-br0", mac)
 
 
-def parameters() -> Parameters:
-    """What node 1 of the synthetic cluster says in its program."""
-    return Parameters.of(records.CLUSTER, 1, DEVICES)
+DEVICES: Final = devices()
 
 
-def driver(name: str) -> Driver:
-    """A driver for the network namespace of the calling thread."""
+def parameters(number: int = 1) -> Parameters:
+    """What a node of the synthetic cluster says in its program."""
+    return Parameters.of(records.CLUSTER, number, devices(number))
+
+
+def driver(name: str, number: int = 1) -> Driver:
+    """A driver for the network namespace of the calling thread, on that node."""
+    said = parameters(number)
     match name:
         case "nftables":
-            return NftablesDriver(parameters())
+            return NftablesDriver(said)
         case "iptables-legacy":
-            return IptablesDriver(parameters(), "legacy")
+            return IptablesDriver(said, "legacy")
         case "iptables-nft":
-            return IptablesDriver(parameters(), "nft")
+            return IptablesDriver(said, "nft")
     raise AssertionError(name)

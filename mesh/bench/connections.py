@@ -35,6 +35,8 @@ _PACKET_INFO: Final = {
     Family.V6: (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO),
 }
 _BACKLOG: Final = 4096
+_CHUNK: Final = bytes(1 << 18)
+_MEBIBYTES: Final = 8
 _WAIT_SECONDS: Final = 1
 _TIME_OUT: Final = struct.pack("@ll", _WAIT_SECONDS, 0)
 _CONTROL_BYTES: Final = 64
@@ -118,6 +120,8 @@ class Taken:
     batches: list[float] = field(default_factory=list)
     connects: list[float] = field(default_factory=list)
     round_trips: list[float] = field(default_factory=list)
+    downloads: list[float] = field(default_factory=list)
+    """Of one mebibyte."""
     connections: int = 0
     failed: int = 0
 
@@ -182,6 +186,39 @@ class Generator:
                 taken.round_trips.append((time.perf_counter_ns() - began) / 1e9)
             else:
                 taken.failed += 1
+
+    def download(self, target: Target, taken: Taken) -> None:
+        """Some mebibytes from the server over one connection: kernel time of each of them."""
+        taken.connections += 1
+        with socket.socket(self._domain, socket.SOCK_STREAM) as client:
+            client.settimeout(_WAIT_SECONDS)
+            try:
+                client.connect(target)
+            except OSError:
+                taken.failed += 1
+                return
+            if (served := self._server.accept()) is None:
+                taken.failed += 1
+                return
+            with served:
+                self._transfer(served, client, taken)
+
+    def _transfer(self, served: socket.socket, client: socket.socket, taken: Taken) -> None:
+        client.setblocking(False)
+        served.setblocking(False)
+        left, room = _MEBIBYTES << 20, bytearray(len(_CHUNK))
+        began, own = self._processor.time(), self._processor.own()
+        while left:
+            with suppress(BlockingIOError):
+                served.send(_CHUNK)
+            try:
+                left -= min(left, client.recv_into(room))
+            except BlockingIOError:
+                if not _readable(client):
+                    taken.failed += 1
+                    return
+        used = self._processor.time() - began - (self._processor.own() - own)
+        taken.downloads.append(used / _MEBIBYTES)
 
     def _received(self, client: socket.socket) -> bool:
         try:

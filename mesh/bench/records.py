@@ -88,7 +88,13 @@ def _item(key: str, record: msgspec.Struct, revision: int) -> KeyValue:
     return KeyValue(key, schema.encode(record), 1, revision, 1, 0)
 
 
-def _nodes() -> Iterator[KeyValue]:
+def item(key: str, record: msgspec.Struct) -> KeyValue:
+    """A record at revision 1."""
+    return _item(key, record, 1)
+
+
+def nodes() -> Iterator[KeyValue]:
+    """The cluster and its nodes, which are all alive."""
     yield _item(KEYS.cluster, CLUSTER, 1)
     for number in range(1, NODES + 1):
         yield _item(KEYS.node_allocation(number), NodeAllocation(node=f"n{number}"), 1)
@@ -123,7 +129,7 @@ def _service(index: int, shape: Shape) -> Iterator[KeyValue]:
 
 def everything(services: int, shape: Shape = SPREAD) -> Snapshot:
     """The whole cluster at revision 1."""
-    items = list(_nodes())
+    items = list(nodes())
     for index in range(services):
         items += _service(index, shape)
     return Snapshot(tuple(items), 1)

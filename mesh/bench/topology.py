@@ -10,6 +10,7 @@ container of node 2.  Every neighbour is known, so nobody asks for one while tim
 from __future__ import annotations
 
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,7 +23,7 @@ from mesh.model import address
 from mesh.model.address import FAMILIES, Family
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 OUTSIDE: Final = {Family.V4: "192.0.2.10", Family.V6: "2001:db8::10"}
@@ -40,7 +41,7 @@ _UNDER, _OVERLAY, _BRIDGE = 1, 3, 5
 _DELETE_FLOWS: Final = Message(1 << 8 | 2, 0, generic(0))
 """Without a filter: all of them (linux/netfilter/nfnetlink_conntrack.h)."""
 
-_SYSCTLS: Final = {
+SYSCTLS: Final = {
     "node": {
         "ipv4/ip_forward": "1",
         "ipv6/conf/all/forwarding": "1",
@@ -85,7 +86,7 @@ class Topology:
         for role in ("client", "node", "server"):
             run("ip", "netns", "add", f"{self.name}-{role}")
             with netns.entered(self._path(role)):
-                _write_sysctls(_SYSCTLS[role])
+                write_sysctls(SYSCTLS[role])
         for role, lines in (
             ("node", _node(self)),
             ("client", _client()),
@@ -96,12 +97,17 @@ class Topology:
 
     def forget_flows(self) -> None:
         """Empty the node's connection table: else every round would find it fuller."""
-        with netns.entered(self.node):
-            netlink = Socket()
-        try:
-            netlink.each([_DELETE_FLOWS])
-        finally:
-            netlink.close()
+        forget_flows(self.node)
+
+
+def forget_flows(path: str) -> None:
+    """Empty the connection table of a namespace."""
+    with netns.entered(path):
+        netlink = Socket()
+    try:
+        netlink.each([_DELETE_FLOWS])
+    finally:
+        netlink.close()
 
 
 def inside(family: Family) -> str:
@@ -120,9 +126,11 @@ def run(*argv: str, input: str = "") -> None:
         raise CommandFailed(f"{' '.join(argv)}: {said}")
 
 
-def _write_sysctls(wanted: dict[str, str]) -> None:
+def write_sysctls(wanted: Mapping[str, str]) -> None:
+    """Set what is below /proc/sys/net in the thread's namespace, where the kernel has it."""
     for name, value in wanted.items():
-        (Path("/proc/sys/net") / name).write_text(value)
+        with suppress(FileNotFoundError):
+            (Path("/proc/sys/net") / name).write_text(value)
 
 
 def _mac(number: int) -> str:
@@ -144,9 +152,9 @@ def _node(topology: Topology) -> Iterator[str]:
     for family in FAMILIES:
         length = family.bits
         client, server = inside(family), address.nth(_NETWORK.subnet(family), _SERVER)
-        yield _own(NODE[family], "under0")
-        yield _own(_NETWORK.overlay_address(family), devices.overlay)
-        yield _own(_NETWORK.gateway(family), devices.bridge)
+        yield own_address(NODE[family], "under0")
+        yield own_address(_NETWORK.overlay_address(family), devices.overlay)
+        yield own_address(_NETWORK.gateway(family), devices.bridge)
         for number, device, neighbour in (
             (_UNDER, "under0", OUTSIDE[family]),
             (_OVERLAY, devices.overlay, client),
@@ -157,7 +165,7 @@ def _node(topology: Topology) -> Iterator[str]:
         yield f"route add {_NETWORK.subnet(family)} via {server} dev {devices.bridge}"
 
 
-def _own(own: str, device: str) -> str:
+def own_address(own: str, device: str) -> str:
     """An address that may be used at once."""
     family = address.family_of(own)
     return f"addr add {own}/{family.bits} dev {device}{' nodad' if family is Family.V6 else ''}"
@@ -169,8 +177,8 @@ def _client() -> Iterator[str]:
     yield "link set eth1 up"
     for family in FAMILIES:
         length, overlay = family.bits, _NETWORK.overlay_address(family)
-        yield _own(OUTSIDE[family], "eth0")
-        yield _own(inside(family), "eth1")
+        yield own_address(OUTSIDE[family], "eth0")
+        yield own_address(inside(family), "eth1")
         yield f"route add {NODE[family]}/{length} dev eth0"
         yield f"route add {overlay}/{length} dev eth1"
         yield f"neigh add {NODE[family]} lladdr {_mac(_UNDER)} dev eth0"
@@ -185,7 +193,7 @@ def _server() -> Iterator[str]:
     yield "link set eth0 up"
     for family in FAMILIES:
         gateway, own = _NETWORK.gateway(family), address.nth(_NETWORK.subnet(family), _SERVER)
-        yield _own(own, "eth0")
+        yield own_address(own, "eth0")
         # All but the gateway: in the table of local addresses it would count as one.
         yield f"route add local {_NETWORK.subnet(family)} dev lo table main"
         yield f"route add {gateway}/{family.bits} dev eth0"

@@ -72,6 +72,10 @@ _ALL_SIZES: Decorator = click.option(
     help="Also those that take many minutes.",
 )
 
+_FAMILY: Decorator = click.option(
+    "--family", type=click.Choice(("4", "6")), default="4", show_default=True
+)
+
 _JSON: Decorator = click.option(
     "--json",
     "to",
@@ -112,7 +116,7 @@ def engine(services: list[int], backend: str, rounds: int, all_sizes: bool, to: 
 @_services("10,1000,10000")
 @_backend("all")
 @_rounds(1, 20, "How often every rule set has its turn.")
-@click.option("--family", type=click.Choice(("4", "6")), default="4", show_default=True)
+@_FAMILY
 @click.option("--kube-proxy/--no-kube-proxy", default=True, help="Compare with kube-proxy's rules.")
 @_ALL_SIZES
 @_JSON
@@ -146,6 +150,26 @@ def dataplane(
     }
     results.add(isolated.measure("mesh.bench.dataplane", arguments))
     _finish(results, bench_show.by_variant)
+
+
+@bench.command()
+@_backend("all")
+@_rounds(1, 20, "How often every way has its turn.")
+@_FAMILY
+@_JSON
+def across(backend: str, rounds: int, family: str, to: str | None) -> None:
+    """What it costs to reach a replica on another node, against plain routing.
+
+    A service that masquerades its clients, and one that keeps their addresses; connections,
+    datagrams, and bytes on an open connection.  A veth stands in for WireGuard, which costs the
+    same on every way.
+    """
+    from mesh.bench import isolated
+
+    results = bench_show.Results(_target(to))
+    arguments = {"backends": _names(backend), "family": int(family), "rounds": rounds}
+    results.add(isolated.measure("mesh.bench.across", arguments))
+    _finish(results, bench_show.by_way)
 
 
 @bench.command()

@@ -133,6 +133,33 @@ def by_variant(found: list[Record]) -> None:
     output.line("Times are microseconds.  RATIO: kernel time of a connection, direct to this.")
 
 
+def by_way(found: list[Record]) -> None:
+    """A line for every way to a replica on another node."""
+    head = (
+        "RULES", "CLIENT", "CONNECT p50", "ADDED", "CPU", "ADDED", "RATIO", "UDP p50", "ADDED",
+        "MiB", "RATIO", "FAILED",
+    )  # fmt: skip
+    rows = [
+        (
+            record["backend"],
+            record["path"],
+            _us(record["connect_us"]["p50"]),
+            _us(record["added_us"]["p50"]),
+            _us(record["cpu_us"]),
+            _us(record["cpu_added_us"]),
+            f"{record['cpu_ratio_to_direct']:.2f}",
+            _us(_at(record, "udp_us.p50")),
+            _us(_at(record, "udp_added_us.p50")),
+            _us(record["mebibyte_us"]),
+            f"{record['mebibyte_ratio_to_direct']:.2f}",
+            str(record["failed"]),
+        )
+        for record in found
+    ]
+    output.table(head, rows)
+    output.line("Times are microseconds.  RATIO: kernel time, direct to this.")
+
+
 def by_check(found: list[Record]) -> None:
     """A line for each type of check."""
     head = ("CHECK", "TASKS", "INTERVAL", "CPU", "PER PROBE", "ALL HEALTHY AFTER", "RSS", "ADDED")

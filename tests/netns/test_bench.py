@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mesh.bench import dataplane, names, records, topology, variants
+from mesh.bench import across, dataplane, names, records, topology, variants
 from mesh.bench.connections import Server
 from mesh.bench.names import KUBE_PROXY
+from mesh.bench.pair import Pair
 from mesh.bench.topology import Topology
 from mesh.bench.variants import Variant
 from mesh.dataplane import netns
@@ -120,6 +121,57 @@ def test_dataplane_shows_a_line_for_every_way(cli: CommandLine) -> None:
         ["nftables", "4", "port"],
         ["nftables", "4", "vip"],
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_across_measures_every_backend_both_ways(cli: CommandLine, family: Family) -> None:
+    arguments = ("--rounds", "1", "--family", family.suffix)
+
+    found = cli.json("bench", "across", *arguments)
+
+    ways = [(name, path) for name in names.BACKENDS for path in ("masquerade", "preserve")]
+    assert [(r["backend"], r["path"]) for r in found] == [
+        (variants.DIRECT, "routed"),
+        (variants.AGAIN, "routed"),
+        *ways,
+    ]
+    for record in found:
+        assert record["failed"] == 0
+        assert record["family"] == family.value
+        for name in ("connect_us", "udp_us"):
+            assert 0 < record[name]["p10"] <= record[name]["p50"]
+        for name in ("cpu_us", "cpu_ratio_to_direct", "mebibyte_us", "mebibyte_ratio_to_direct"):
+            assert record[name] > 0
+
+
+def test_across_shows_a_line_for_every_way(cli: CommandLine) -> None:
+    lines = cli.ok("bench", "across", "--rounds", "1", "--backend", "nftables").splitlines()
+
+    assert [line.split()[:2] for line in lines[-3:-1]] == [
+        ["nftables", "masquerade"],
+        ["nftables", "preserve"],
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", names.BACKENDS)
+def test_across_goes_the_ways_that_it_names(backend: str, family: Family) -> None:
+    stage = across.meshed(backend, 0, family)
+    seen = {}
+    for lane in stage.lanes:
+        with netns.entered(stage.client):
+            client = socket.create_connection(lane.tcp[-1], LIMIT)
+        served = stage.server.accept()
+        assert served is not None
+        with client, served:
+            seen[lane.path] = served.getpeername()[0]
+    stage.server.close()
+    Pair("m0").remove()
+
+    assert seen == {
+        "masquerade": NETWORK.overlay_address(family),
+        "preserve": topology.OUTSIDE[family],
+    }
 
 
 def test_slow_sizes_are_left_out_and_told() -> None:
