@@ -7,6 +7,7 @@ it as it found it.
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from contextlib import asynccontextmanager
@@ -202,11 +203,19 @@ async def test_a_replica_that_is_killed_fails_only_what_it_had_begun(mesh: Clust
         found = (mesh.elements(node.name, "targets") for node in mesh.nodes)
         return any(address in str(held) for held in found for address in gone)
 
+    def ports() -> int:
+        """How many containers are wired to the bridge of its node."""
+        shown = mesh.sh("n1", "ip", "-json", "link", "show", "master", "warren-br0")
+        return len(json.loads(shown))
+
+    wired = ports()
     lasting = [one for one in asks if one.protocol is Protocol.TCP]
     datagrams = [one for one in asks if one.protocol is Protocol.UDP]
     async with held(4 * datagrams) as flows, stream(lasting) as traffic:
         await traffic.more(CYCLE)
         await mesh.kill("x1")
+        # Until the kernel has taken its network down, it still says there that nobody listens.
+        await until(lambda: ports() < wired, "its network is gone")
         killed = time.monotonic()
         await until(lambda: not leads_there(), "nobody sends anything to it")
         traffic.expect({"b1", "d1"})
