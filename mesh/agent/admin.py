@@ -1,4 +1,4 @@
-"""The agent's own HTTP end point: /metrics, /healthz and /readyz.
+"""The agent's own HTTP end point: /healthz, /readyz, and the pages of others.
 
 Tells, and takes no orders.  On the agent's event loop, with h11 for the protocol: that costs
 0.1 MiB and 5 ms at the start, an ASGI server and framework 9 MiB and 60 ms, and a WSGI server a
@@ -20,7 +20,7 @@ from mesh.model.node import split_endpoint
 from mesh.model.report import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     import h11
 
@@ -40,14 +40,14 @@ _OWN: Final = 0o660
 
 
 class Admin:
-    """The end point.  `unready` says why the node is not ready, if it is not; `told` is called when
-    `problems` changed.
+    """The end point.  `pages` are those of others, by path; `unready` says why the node is not
+    ready, if it is not; `told` is called when `problems` changed.
     """
 
     def __init__(
         self,
         config: AdminConfig,
-        metrics: Page,
+        pages: Mapping[str, Page],
         unready: Callable[[], str | None],
         told: Callable[[], None],
     ) -> None:
@@ -55,7 +55,7 @@ class Admin:
         self._unready = unready
         self._told = told
         self._pages: dict[str, Page] = {
-            "/metrics": metrics,
+            **pages,
             "/healthz": self._healthz,
             "/readyz": self._readyz,
         }

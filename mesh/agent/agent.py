@@ -22,6 +22,7 @@ from mesh.agent.metrics import Metrics
 from mesh.agent.network import Network
 from mesh.agent.occupancy import Occupancy
 from mesh.agent.published import Published
+from mesh.agent.reach import Reachability
 from mesh.agent.reporter import Reporter
 from mesh.agent.rules import Rules
 from mesh.agent.state import KINDS, State
@@ -82,9 +83,11 @@ class Agent:
         self._network = Network(config, self._state)
         self._health = HealthChecks(self._state, config, self._touch)
         self._tally = Tally()
+        self._reach = Reachability(config, self._state, self._network, self._touch, self._tally)
         self._election: Election | None = None
-        self._metrics = Metrics(self._tally, self._state, self._follower, self._leads)
-        self._admin = Admin(config.admin, self._metrics.page, self._unready, self._changed.set)
+        self._metrics = Metrics(self._tally, self._state, self._follower, self._reach, self._leads)
+        pages = {"/metrics": self._metrics.page, "/peers": self._reach.page}
+        self._admin = Admin(config.admin, pages, self._unready, self._changed.set)
         self._local_health = LocalHealth(self._state, self._changed.set)
         own_sockets = self._local_health.inodes
         self._occupancy = Occupancy(self._state, Path(config.state_dir), self._touch, own_sockets)
@@ -237,7 +240,7 @@ class Agent:
                 f"{self._keys.cluster} has other addresses or ports than at the start: forwarding "
                 "is held as it was; put them back, or start every agent again"
             )
-        held, network = self._held, self._state.network(self._config.node)
+        held, network = self._held, self._state.nodes.network(self._config.node)
         if held is not None and network != held:
             number = "none" if network is None else network.number
             return (
@@ -274,9 +277,11 @@ class Agent:
         rules = Rules(self._state, chosen, parameters, mode, self._changed.set, self._tally)
         try:
             await self._health.adopt()
+            self._reach.adopt()
             revision = await self._start(rules, parameters)
             rules.drain.applied(revision)
-            reporter = Reporter(self._store, self._keys.applied(own), chosen, rules)
+            key = self._keys.applied(own)
+            reporter = Reporter(self._store, key, chosen, rules, self._reach)
             reporter.applied(revision)
             self._metrics.look_at(rules, reporter, lambda: self._problems(rules))
             await self._health.begin(lease, tasks)
@@ -293,6 +298,7 @@ class Agent:
             told = listeners.tell(self._store, self._keys.listeners(own), self._occupancy)
             tasks.create_task(told, name="listeners")
             rules.look_after(parameters, tasks)
+            self._reach.look_after(tasks)
             log.info("forwarding node=%s number=%d", own, parameters.network.number)
             await self._keep_reconciled(rules, reporter)
         finally:
@@ -352,6 +358,7 @@ class Agent:
         yield from self._network.problems
         yield from self._admin.problems
         yield from self._local_health.problems()
+        yield from self._reach.problems
         yield from rules.problems()
         yield from self._published.problems()
         yield from self._occupancy.problems()

@@ -19,6 +19,7 @@ from mesh.dataplane.firewall import Firewall
 from mesh.engine import backend, lock, predecessor
 from mesh.errors import StoreUnavailable
 from mesh.health import memory
+from mesh.reach import memory as unreachable
 from mesh.rules.program import Devices
 from mesh.store import schema
 
@@ -57,6 +58,7 @@ async def _remove(config: AgentConfig) -> None:
         localports.give_back(Path(config.state_dir))
         await writeback.withdraw(config)
         memory.forget(Path(config.state_dir))
+        unreachable.forget(Path(config.state_dir))
     finally:
         await network.close()
     log.info("removed rules, links and routes")

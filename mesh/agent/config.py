@@ -13,9 +13,10 @@ import msgspec
 
 from mesh.errors import BadUsage
 from mesh.model.address import parse_address
-from mesh.model.names import check_name
+from mesh.model.names import check_name, parse_duration
 from mesh.model.node import Role, split_endpoint
 from mesh.model.publish import PublishMode
+from mesh.reach.judge import Pace
 from mesh.rules.marks import DEFAULT, Layout
 
 BACKENDS: Final = ("auto", "nftables", "iptables", "iptables-legacy", "iptables-nft")
@@ -95,6 +96,39 @@ class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 _UNIX: Final = "unix:"
 
 
+class ReachConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the other nodes are probed: once in `interval` ("off": never), until `fall` probes in a
+    row are unanswered or `rise` answered.
+    """
+
+    interval: str = "250ms"
+    fall: int = 4
+    rise: int = 3
+
+    def __post_init__(self) -> None:
+        if self.interval != _OFF:
+            try:
+                seconds = parse_duration(self.interval)
+            except ValueError as error:
+                raise ValueError(f'interval {error}, or "off"') from None
+            if not _QUICKEST <= seconds <= _SLOWEST:
+                raise ValueError(f'interval {self.interval!r} is not from 50ms to 1m, nor "off"')
+        for name in ("fall", "rise"):
+            if not 1 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} {getattr(self, name)} is not in 1-100")
+
+    @property
+    def pace(self) -> Pace | None:
+        """The same as numbers; None: off."""
+        if self.interval == _OFF:
+            return None
+        return Pace(parse_duration(self.interval), self.fall, self.rise)
+
+
+_OFF: Final = "off"
+_QUICKEST, _SLOWEST = 0.05, 60.0
+
+
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One node's configuration.
 
@@ -111,6 +145,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     etcd: EtcdConfig = EtcdConfig()
     marks: MarksConfig = MarksConfig()
     admin: AdminConfig = AdminConfig()
+    reach: ReachConfig = ReachConfig()
     state_dir: str = "/var/lib/mesh"
     endpoints: tuple[str, ...] = ()
     labels: dict[str, str] = {}
@@ -169,7 +204,7 @@ def dump(config: AgentConfig) -> str:
     top, sections = [], []
     for name, value in msgspec.to_builtins(config).items():
         if isinstance(value, dict):
-            lines = [f"{_key(key)} = {_toml(v)}" for key, v in value.items() if v is not None]
+            lines = [f"{_key(k)} = {_toml(v, k)}" for k, v in value.items() if v is not None]
             sections += ["", f"[{name}]", *lines]
         elif value is not None:
             top.append(f"{name} = {_toml(value)}")
@@ -180,8 +215,8 @@ def _key(text: str) -> str:
     return text if text.isascii() and text.isidentifier() else _toml(text)
 
 
-def _toml(value: object) -> str:
-    """A mark, a text, a truth or a list of texts: JSON is TOML there, but for DEL."""
-    if isinstance(value, int) and not isinstance(value, bool):
+def _toml(value: object, name: str = "") -> str:
+    """A mark, a number, a text, a truth or a list of texts: JSON is TOML there, but for DEL."""
+    if name.endswith("_mark") and isinstance(value, int):
         return f"0x{value:08x}"
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -16,6 +16,7 @@ from mesh import __version__
 from mesh.agent import ports
 from mesh.agent.http import Reply
 from mesh.model.publish import Protocol
+from mesh.reach.judge import Reach
 from mesh.rules.traffic import NOTHING, Port, Volume
 
 if TYPE_CHECKING:
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
+    from mesh.agent.reach import Reachability
     from mesh.agent.reporter import Reporter
     from mesh.agent.rules import Installed, Rules
     from mesh.agent.state import State
     from mesh.agent.tally import Durations, Tally
     from mesh.dataplane.cttraffic import Statistics
     from mesh.model.report import Problem
+    from mesh.reach.judge import Standing
     from mesh.store.sync import Follower
 
     Values = Mapping[tuple[str, ...], float]
@@ -61,17 +64,24 @@ class Facts(NamedTuple):
     statistics: Statistics | None
     lost: int
     surplus: Mapping[str, int]
+    peers: Mapping[str, Standing]
 
 
 class Metrics:
     """The metrics of one agent; `leads` tells whether it allocates for the cluster."""
 
     def __init__(
-        self, tally: Tally, state: State, follower: Follower, leads: Callable[[], bool]
+        self,
+        tally: Tally,
+        state: State,
+        follower: Follower,
+        reach: Reachability,
+        leads: Callable[[], bool],
     ) -> None:
         self._tally = tally
         self._state = state
         self._follower = follower
+        self._reach = reach
         self._leads = leads
         self._rules: Rules | None = None
         self._reporter: Reporter | None = None
@@ -119,6 +129,7 @@ class Metrics:
             statistics=statistics,
             lost=lost,
             surplus=surplus,
+            peers=dict(self._reach.standings()),
         )
 
 
@@ -152,6 +163,7 @@ class _Collected:
         yield from _rules(facts.installed, tally)
         yield from _surplus(facts)
         yield from _cluster(facts)
+        yield from _peers(facts)
         yield from _troubles(facts)
         yield from _conntrack(facts)
 
@@ -301,6 +313,30 @@ def _cluster(facts: Facts) -> Iterator[Metric]:
     yield _gauge("mesh_etcd_revision", "The last revision heard of.", facts.etcd_revision)
     yield _gauge("mesh_applied_revision", "The one the kernel has.", facts.applied_revision)
     yield _gauge("mesh_revisions_behind", "How far the kernel is behind.", behind)
+
+
+def _peers(facts: Facts) -> Iterator[Metric]:
+    known = {name: s for name, s in facts.peers.items() if s.reach is not Reach.UNKNOWN}
+    yield _gauges(
+        "mesh_peer_reachable",
+        "Whether a node can be reached over the overlay.",
+        "peer",
+        {(name,): standing.reach is Reach.REACHABLE for name, standing in known.items()},
+    )
+    yield _gauges(
+        "mesh_peer_rtt_seconds",
+        "How long it takes there and back, smoothed.",
+        "peer",
+        {(name,): s.trip for name, s in facts.peers.items() if s.trip is not None},
+    )
+    from prometheus_client.core import CounterMetricFamily
+
+    changes = CounterMetricFamily(
+        "mesh_peer_changes_total", "How often a node became what it is.", labels=("peer", "to")
+    )
+    for key, count in sorted(facts.tally.peer_changes.items()):
+        changes.add_metric(key, count)
+    yield changes
 
 
 def _troubles(facts: Facts) -> Iterator[Metric]:

@@ -22,9 +22,12 @@ from mesh.wg.device import Overlay
 from mesh.wg.links import Local
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mesh.agent.config import AgentConfig
     from mesh.agent.state import State
     from mesh.model.cluster import Cluster
+    from mesh.model.view import PeerNode
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,11 @@ class Network:
         self._layout = config.marks.layout
         self.names = link.DeviceNames(config.overlay_device, config.steering_device, config.bridge)
         self._links = LinkDriver(self.names)
-        overlay = Overlay(self._links)
-        self._network = network.Network(overlay, self._links, SysctlDriver(Path("/proc/sys")))
+        self.overlay = Overlay(self._links)
+        settings = SysctlDriver(Path("/proc/sys"))
+        self._network = network.Network(self.overlay, self._links, settings)
+        self.nodes: Mapping[str, PeerNode] = {}
+        """The nodes that are peers, and this one."""
         self.problems: tuple[Problem, ...] = ()
         self.guarded = False
         """Whether the rules are in force that keep containers from 127.0.0.1 of the node."""
@@ -84,6 +90,7 @@ class Network:
         mtu = underlay.mtu(split_endpoint(e)[0] for e in nodes[own].node.endpoints)
         local = Local(self.names, mtu, self._layout, loopback=self._config.loopback_ports)
         wanted = network.Wanted.of(local, cluster, nodes, own)
+        self.nodes = wanted.nodes
         problems = list(wanted.problems)
         try:
             settings = sysctl.desired(self.names, loopback=self._loopback())

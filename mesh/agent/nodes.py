@@ -27,6 +27,7 @@ class Nodes:
         self._labels: dict[str, Mapping[str, str]] = {}
         self._numbers: dict[str, set[int]] = {}
         self._alive: set[str] = set()
+        self.unreachable: frozenset[str] = frozenset()
         self._networks: dict[int, NodeNetwork] = {}
         self._view: NodeView | None = None
 
@@ -66,6 +67,17 @@ class Nodes:
         self._view = None
         (self._alive.add if alive else self._alive.discard)(name)
 
+    def lack(self, names: frozenset[str]) -> frozenset[str]:
+        """These nodes cannot be reached from here, and all others can; of which that is new."""
+        self._view = None
+        before, self.unreachable = self.unreachable, names
+        return before ^ names
+
+    @property
+    def others_alive(self) -> frozenset[str]:
+        """Every other node that gives signs of life."""
+        return frozenset(self._alive - {self._own})
+
     def numbered(self, name: str, number: int, *, held: bool) -> None:
         """A node was given a number, or no longer has it."""
         self._view = None
@@ -92,7 +104,7 @@ class Nodes:
             if network is None:
                 return None
             live = frozenset(self._alive | {self._own})
-            self._view = NodeView(self._own, network, live, self._labels)
+            self._view = NodeView(self._own, network, live, self._labels, self.unreachable)
         return self._view
 
     def network(self, name: str) -> NodeNetwork | None:

@@ -16,6 +16,7 @@ from mesh.store import schema
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from mesh.agent.reach import Reachability
     from mesh.agent.rules import Rules
     from mesh.engine.backend import Chosen
     from mesh.store.protocol import Store
@@ -34,11 +35,19 @@ _MOST: Final = 50
 class Reporter:
     """Writes the last report that differs from the one before."""
 
-    def __init__(self, store: Store, key: str, chosen: Chosen, rules: Rules) -> None:
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        chosen: Chosen,
+        rules: Rules,
+        reach: Reachability,
+    ) -> None:
         self._store = store
         self._key = key
         self._chosen = chosen
         self._rules = rules
+        self._reach = reach
         self._wake = asyncio.Event()
         self.revision = 0
         """What the kernel has."""
@@ -85,4 +94,5 @@ class Reporter:
             problems=tuple(told),
             healings=self._rules.healings,
             drained=self._rules.drain.report,
+            unreachable=tuple(sorted(self._reach.left_out)),
         )

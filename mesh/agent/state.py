@@ -28,9 +28,8 @@ from mesh.store import schema
 from mesh.store.protocol import Changes, Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
-    from mesh.model.cluster import NodeNetwork
     from mesh.model.service import ServiceSpec
     from mesh.model.task import Task
     from mesh.model.view import IngressPort, NodeView, PeerNode
@@ -231,20 +230,22 @@ class State:
         if name == self.node:
             return _NOTHING  # it is alive to itself
         self.nodes.lives(name, alive=new is not None)
-        return Touched(self._services_on(name), nodes=True)
+        return Touched(self.services_on({name}), nodes=True)
 
     def _index_maintenance(
         self, parts: list[str], _old: Entry | None, new: Entry | None
     ) -> Touched:
         changed = self.drains.node(parts[1], new.record if new is not None else None)  # type: ignore[arg-type]
-        return Touched(self._services_on(parts[1]), nodes=False) if changed else _NOTHING
+        return Touched(self.services_on({parts[1]}), nodes=False) if changed else _NOTHING
 
-    def _services_on(self, node: str) -> frozenset[str]:
-        """By a look at every task: nodes come and go far too seldom for an index to pay."""
+    def services_on(self, nodes: Collection[str]) -> frozenset[str]:
+        """The services with tasks on these nodes, by a look at every task: nodes come and go far
+        too seldom for an index to pay.
+        """
         return frozenset(
             service
             for service, tasks in self._tasks.items()
-            if any(_task(entry).node == node for entry in tasks.values())
+            if any(_task(entry).node in nodes for entry in tasks.values())
         )
 
     def _index_health(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
@@ -362,10 +363,6 @@ class State:
     def node_view(self) -> NodeView | None:
         """This node, or None while it has no number."""
         return self.nodes.view()
-
-    def network(self, node: str) -> NodeNetwork | None:
-        """The addresses of a node, or None while it has no number in the cluster."""
-        return self.nodes.network(node)
 
     def peers(self) -> dict[str, PeerNode]:
         """Every node with an identity and a number, this one included."""

@@ -56,6 +56,8 @@ class Tally:
         self.publish_errors: Counter[str] = Counter({"kernel": 0, "refused": 0, "controller": 0})
         self.unpublish_errors: Counter[str] = Counter({"kernel": 0, "conntrack": 0})
         self.elements: Counter[str] = Counter({"added": 0, "removed": 0})
+        self.peer_changes: Counter[tuple[str, str]] = Counter()
+        """How often what is held of a node became what, by both."""
         self.commands: Counter[str] = Counter()
         self.command_errors: Counter[str] = Counter()
         self._running = threading.Lock()

@@ -21,6 +21,7 @@ from mesh.delta import Delta
 from mesh.engine.desired import Touched
 from mesh.model.link import DeviceNames
 from mesh.model.report import Applied, Problem
+from mesh.reach import memory
 from mesh.rules import dump, guards, nft
 from mesh.rules.guards import Numbers
 from mesh.rules.ids import Ids
@@ -126,6 +127,8 @@ async def _read(session: Session, name: str, here: AgentConfig | None, asked: st
     known = state.State(session.keys, name, loopback=loopback)
     known.apply(await session.store.list(f"{session.keys.prefix}/"))
     known.settle(Touched(frozenset(), nodes=False))
+    if here is not None:
+        known.nodes.lack(memory.load(Path(here.state_dir)))
     node, peers = known.node_view(), known.peers()
     if node is None or name not in peers:
         raise errors.NotFound(

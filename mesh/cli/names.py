@@ -33,7 +33,7 @@ class Names:
 
     def steering(self, node: str) -> str:
         """The MAC address of a node's steering device.  Raises NotFound."""
-        network = self._state.network(node) if self._state is not None else None
+        network = self._state.nodes.network(node) if self._state is not None else None
         if network is None:
             raise errors.NotFound(f"no node {node!r} that has a number: see `mesh node ls`")
         return network.mac

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mesh.agent.config import AgentConfig, EtcdConfig
     from mesh.cli.options import Session
     from mesh.cli.world import World
+    from mesh.model.report import Peers
 
 
 @click.group(cls=options.Noun)
@@ -130,15 +131,16 @@ COLUMNS = (
 
 @node.command("ls")
 def list_() -> None:
-    """List the nodes of the cluster."""
-    from mesh.cli import world
+    """List the nodes of the cluster; on a node, also how it reaches the others."""
+    from mesh.cli import peers, world
 
     seen = options.in_store(world.read)
-    names = sorted(seen.nodes, key=world.natural)
+    names, told = sorted(seen.nodes, key=world.natural), peers.read()
     if options.as_json():
-        output.document([describe(seen, name) for name in names])
+        output.document([describe(seen, name, told) for name in names])
         return
     output.table(COLUMNS, [row(seen, name) for name in names])
+    peers.show(told)
 
 
 def row(seen: World, name: str) -> list[output.Cell]:
@@ -157,9 +159,11 @@ def row(seen: World, name: str) -> list[output.Cell]:
     ]
 
 
-def describe(seen: World, name: str) -> dict[str, Any]:
-    """A node as one JSON object."""
+def describe(seen: World, name: str, told: Peers | None) -> dict[str, Any]:
+    """A node as one JSON object; `peer` is how this host reaches it, by what its agent `told`."""
     import msgspec
+
+    from mesh.cli import peers
 
     network, applied = seen.network(name), seen.applied.get(name)
     return {
@@ -171,6 +175,8 @@ def describe(seen: World, name: str) -> dict[str, Any]:
         "state": seen.node_state(name).text,
         "applied": applied,
         "behind": seen.is_behind(name),
+        "unreachedBy": peers.unreached_by(seen, name),
+        "peer": peers.of(told, name),
     }
 
 
@@ -178,14 +184,15 @@ def describe(seen: World, name: str) -> dict[str, Any]:
 @click.argument("name")
 def inspect(name: str) -> None:
     """Print everything known of a node, its tasks included."""
-    from mesh.cli import world
+    from mesh.cli import peers, world
 
     seen = options.in_store(world.read)
     if name not in seen.nodes:
         raise errors.NotFound(f"no readable node {name!r}: `mesh node ls` lists them")
     listening = seen.listening.get(name)
     listeners = listening.listeners if listening is not None else ()
-    found = describe(seen, name) | {"tasks": seen.tasks_on(name), "listeners": listeners}
+    found = describe(seen, name, peers.read())
+    found |= {"tasks": seen.tasks_on(name), "listeners": listeners}
     if options.as_json():
         output.document(found)
     else:

@@ -149,7 +149,7 @@ def publish_mode() -> PublishMode:
 
     text = os.environ.get("MESH_PUBLISH_MODE")
     if text is None:
-        known = _readable_config()
+        known = readable_config()
         return PublishMode.HOST if known is None else known.publish_mode
     try:
         return PublishMode(text)
@@ -157,7 +157,7 @@ def publish_mode() -> PublishMode:
         raise errors.BadUsage(f"MESH_PUBLISH_MODE {text!r}: choose host or ingress") from None
 
 
-def _readable_config() -> AgentConfig | None:
+def readable_config() -> AgentConfig | None:
     """The configuration; one that nobody named here, where this user may read it."""
     named = setting("config") not in (None, os.environ.get("MESH_CONFIG"))
     return agent_config() if named or os.access(config_path(), os.R_OK) else None
@@ -172,7 +172,7 @@ def etcd_config(*, read_file: bool = True) -> EtcdConfig:
 
     from mesh.agent.config import EtcdConfig
 
-    known = _readable_config() if read_file else None
+    known = readable_config() if read_file else None
     base = known.etcd if known is not None else EtcdConfig()
     with naming("etcd options"):
         return msgspec.structs.replace(base, **_etcd_fields())

@@ -64,6 +64,15 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
     Console(highlight=False).print(grid)
 
 
+def lasted(seconds: float) -> str:
+    """A time as people say it: 90s, 5m, 3h, 2d."""
+    whole = max(0, round(seconds))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if whole >= 2 * size:
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
 def document(value: object) -> None:
     """Print one JSON document; everything beyond ASCII is escaped, so terminals are safe."""
     import json

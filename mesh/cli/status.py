@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mesh.agent.config import EtcdConfig
     from mesh.cli.options import Session
     from mesh.cli.world import World
-    from mesh.model.report import Problem
+    from mesh.model.report import Peers, Problem
 
 
 PATIENCE: Final = 1.0
@@ -23,12 +23,14 @@ PATIENCE: Final = 1.0
 @click.option("--check", is_flag=True, help="Exit with 1 if there is any problem.")
 def status(check: bool) -> None:
     """Say how the whole mesh is: etcd, nodes, services, and every known problem."""
+    from mesh.cli import peers
+
     seen, etcd = options.in_store(_read)
-    problems = _problems(seen)
+    problems, told = _problems(seen), peers.read()
     if options.as_json():
-        output.document(_describe(seen, etcd, problems))
+        output.document(_describe(seen, etcd, problems, told))
     else:
-        _print(seen, etcd, problems)
+        _print(seen, etcd, problems, told)
     if check and problems:
         options.exit_with(1)
 
@@ -66,6 +68,8 @@ def _problems(seen: World) -> list[Problem]:
 
 
 def _of_node(seen: World, name: str) -> list[str]:
+    from mesh.cli import peers
+
     if name not in seen.alive:
         return [f"down: start `mesh agent` there, or forget it with `mesh node rm {name}`"]
     found = []
@@ -80,6 +84,11 @@ def _of_node(seen: World, name: str) -> list[str]:
     if applied is not None:
         found += [f"{problem.about}: {problem.message}" for problem in applied.problems]
     found += [problem.message for problem in seen.reports.get(("nodes", name), ())]
+    if away := peers.unreached_by(seen, name):
+        found.append(
+            f"cannot be reached over the overlay by {', '.join(away)}: its tasks get no "
+            "connections from there; run `mesh doctor` on both"
+        )
     return found
 
 
@@ -110,7 +119,9 @@ def _security(etcd: EtcdConfig) -> tuple[str, bool]:
     return f"TLS, {who or 'open: no authentication'}", who is None
 
 
-def _describe(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> dict[str, Any]:
+def _describe(
+    seen: World, etcd: EtcdConfig, problems: list[Problem], told: Peers | None
+) -> dict[str, Any]:
     from mesh.cli import node, ports, world
 
     views = [view for name in seen.state.services() if (view := seen.state.service_view(name))]
@@ -126,7 +137,7 @@ def _describe(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> dict[st
         },
         "cluster": seen.state.cluster.id if seen.state.cluster is not None else None,
         "leader": seen.leader,
-        "nodes": [node.describe(seen, name) for name in names],
+        "nodes": [node.describe(seen, name, told) for name in names],
         "services": len(views),
         "ports": sum(len(ports.assign(view)) for view in views),
         "tasks": len(seen.tasks),
@@ -136,10 +147,10 @@ def _describe(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> dict[st
     }
 
 
-def _print(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> None:
-    from mesh.cli import node
+def _print(seen: World, etcd: EtcdConfig, problems: list[Problem], told: Peers | None) -> None:
+    from mesh.cli import node, peers
 
-    facts = _describe(seen, etcd, problems)
+    facts = _describe(seen, etcd, problems, told)
     security, is_open = _security(etcd)
     where = f"{', '.join(etcd.endpoints)}  prefix {etcd.prefix}  revision {seen.revision}"
     click.echo(f"etcd      {output.printable(where)}  ", nl=False)
@@ -157,6 +168,7 @@ def _print(seen: World, etcd: EtcdConfig, problems: list[Problem]) -> None:
         _print_healings(seen)
         click.echo()
         output.table(node.COLUMNS, [node.row(seen, known["name"]) for known in facts["nodes"]])
+        peers.show(told)
     else:
         click.echo("nodes     none: run `mesh node join NAME` on every host")
     click.echo()

@@ -217,11 +217,7 @@ def _ago(since: str) -> str:
         passed = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
     except (ValueError, TypeError):
         return ""
-    seconds = max(0, round(passed))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f" {seconds // size}{unit}"
-    return f" {seconds}s"
+    return f" {output.lasted(passed)}"
 
 
 def describe(seen: World, item: Task) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class World:
 
     def network(self, node: str) -> NodeNetwork | None:
         """A node's addresses, once the controller gave it a number."""
-        return self.state.network(node)
+        return self.state.nodes.network(node)
 
     def node_state(self, node: str) -> output.Styled:
         """What STATE says of a node."""

@@ -76,7 +76,9 @@ async def _of_userspace() -> Check:
 
 
 async def of_peers(subject: Subject, links: LinkDriver, now: float) -> list[Check]:
-    """Whether WireGuard heard of the living nodes lately; `now` in seconds since the epoch."""
+    """Whether WireGuard heard of the living nodes lately, and the agent reaches them; `now` in
+    seconds since the epoch.
+    """
     if subject.known is None or not subject.known.peers:
         return []
     peers = subject.known.peers
@@ -88,6 +90,11 @@ async def of_peers(subject: Subject, links: LinkDriver, now: float) -> list[Chec
     if silent:
         fix = f"let UDP {subject.cluster.wireguard_port} pass between the nodes, both ways"
         text = f"no WireGuard session with {', '.join(silent)}"
+        return [check.warn("peers", text, fix)]
+    lost = sorted(subject.reported.unreachable) if subject.reported is not None else []
+    if lost:
+        fix = "run `mesh doctor` there; look at the path between the nodes"
+        text = f"{', '.join(lost)} cannot be reached over the overlay, and gets no connections"
         return [check.warn("peers", text, fix)]
     return [check.ok("peers", f"WireGuard sessions with every living node ({len(peers)})")]
 

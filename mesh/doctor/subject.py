@@ -102,7 +102,7 @@ def known(snapshot: Snapshot, keys: Keys, node: str) -> Known:
     return Known(
         revision=snapshot.revision,
         cluster=view.cluster,
-        network=view.network(node),
+        network=view.nodes.network(node),
         registered=keys.node(node) in there,
         alive=keys.alive(node) in there,
         reports=reports,

@@ -58,10 +58,39 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     left: tuple[Connections, ...] = ()
 
 
+class Peer(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Another node as a node sees it over the overlay.
+
+    `reach` is "reachable", "unreachable", or "unknown" if it never answers a probe; `left_out`:
+    its tasks get no connections from there.  `rtt`, `since`, `heard` (its last answer) and
+    `handshake` (WireGuard's last) are in seconds, the last three ago; None: none yet.
+    """
+
+    name: str
+    reach: str
+    since: float
+    left_out: bool = False
+    rtt: float | None = None
+    heard: float | None = None
+    endpoint: str | None = None
+    handshake: float | None = None
+    received: int = 0
+    sent: int = 0
+
+
+class Peers(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What a node's agent answers when it is asked for the other nodes."""
+
+    node: str
+    peers: tuple[Peer, ...]
+
+
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The etcd revision a node's kernel has, with what drives it and why it is that.
 
     `healings` lag behind by some seconds: a struggle with another program must not flood etcd.
+    `unreachable` are the nodes that this one leaves out of its pools because it cannot reach them:
+    its own view, on which nobody else acts.
     """
 
     revision: int
@@ -71,6 +100,7 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     problems: tuple[Problem, ...] = ()
     healings: Healings = Healings()
     drained: Drained = Drained()
+    unreachable: tuple[str, ...] = ()
 
     @property
     def is_degraded(self) -> bool:

@@ -102,7 +102,8 @@ class PeerNode(NamedTuple):
 
 
 class NodeView(NamedTuple):
-    """The node that plans: itself, and which nodes it believes alive (always itself too).
+    """The node that plans: itself, which nodes it believes alive (always itself too), and which of
+    them it cannot reach over the overlay.
 
     `labels` are those of every node that has any.
     """
@@ -111,6 +112,7 @@ class NodeView(NamedTuple):
     network: NodeNetwork
     live: frozenset[str]
     labels: Mapping[str, Mapping[str, str]] = NO_LABELS_OF_NODES
+    unreachable: frozenset[str] = frozenset()
 
     def label(self, node: str, key: str) -> str | None:
         """What a label of a node says."""

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from mesh.model.view import NodeView, ServiceView
 
 
+def reachable(tasks: tuple[Task, ...], node: NodeView) -> tuple[Task, ...]:
+    """Those of the eligible `tasks` that `node` reaches; all, if it reaches none: a try costs
+    nothing where there is no other way.
+    """
+    if not node.unreachable:
+        return tasks
+    return tuple([task for task in tasks if task.node not in node.unreachable]) or tasks
+
+
 def preferred(tasks: tuple[Task, ...], spec: ServiceSpec, node: NodeView) -> tuple[Task, ...]:
     """Those of the eligible `tasks` that `node` balances over."""
     match spec.prefer:
@@ -40,7 +49,7 @@ def told(service: ServiceView, node: NodeView) -> str:
     spec = service.spec
     if spec.prefer is Prefer.ANY:
         return ""
-    tasks = service.eligible(node.live)
+    tasks = reachable(service.eligible(node.live), node)
     chosen, of = preferred(tasks, spec, node), f"of {len(tasks)} replicas"
     if spec.prefer is Prefer.LOCAL_ONLY:
         return f"prefer local-only: published ports have {len(chosen)} {of}, those here"

@@ -30,7 +30,7 @@ def plan(service: ServiceView, node: NodeView) -> tuple[Forwarding, ...]:
 
     The VIP answers on the target port of every published port, whatever its mode.
     """
-    tasks = service.eligible(node.live)
+    tasks = eligibility.reachable(service.eligible(node.live), node)
     chosen = eligibility.preferred(tasks, service.spec, node)
     vips = sorted(service.vips)
     found: list[Forwarding] = []

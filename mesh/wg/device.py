@@ -51,6 +51,8 @@ class Overlay:
     def __init__(self, links: LinkDriver) -> None:
         self._links = links
         self._name = links.names.overlay
+        self.seen: Interface | None = None
+        """The device as it was read last."""
 
     async def bring_up(self, key: PrivateKey, port: int, desired: Mapping[str, Peer]) -> None:
         """Make the device what it should be, from whatever it is: absent, dead, ours or empty.
@@ -66,7 +68,8 @@ class Overlay:
 
     async def read(self) -> Interface:
         """The device as it is.  Raises CommandFailed if nothing drives it."""
-        return conf.parse(await command.run("wg", "show", self._name, "dump"))
+        self.seen = conf.parse(await command.run("wg", "show", self._name, "dump"))
+        return self.seen
 
     async def apply(self, delta: Delta[str, Peer]) -> None:
         """Change peers, and no other peer's session.  Raises ApplyFailed."""

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a node's network is to be, and which nodes have no part in it."""
+    """What a node's network is to be, and which nodes have no part in it.
 
+    `nodes` are those that have, by name; `peers` are theirs by public key.
+    """
+
+    nodes: Mapping[str, PeerNode]
     peers: Mapping[str, Peer]
     links: Links
     problems: tuple[Problem, ...]
@@ -45,7 +49,7 @@ class Wanted:
         peers, silent = plan.peers(admitted, own, cluster)
         others = (peer.network for name, peer in admitted.items() if name != own)
         desired = links.plan(local, cluster, admitted[own].network, others)
-        return Wanted(peers, desired, refused + silent)
+        return Wanted(admitted, peers, desired, refused + silent)
 
 
 async def check_host(underlay: Underlay, cluster: Cluster, layout: Layout) -> None:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.lab import environment
 from tests.support import drivers
-from tests.support.cluster import LIMIT, Cluster, cluster, ingress, until
+from tests.support.cluster import Cluster, cluster, ingress, until
 from tests.support.requests import Answer, Ask, ask
+from tests.support.verbs import document, on_node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.cluster
 
-MESH: Final = (sys.executable, "-m", "mesh", "--config", str(environment.CONFIG))
 PUBLISHED: Final = 8080
 AFFINE: Final = 8081
 
@@ -38,29 +34,13 @@ def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield made
 
 
-def on_node(mesh: Cluster, node: str, *args: str) -> str:
-    """What a verb printed on a node, which must succeed."""
-    pid = mesh.node(node).agent_pid
-    enter = ("nsenter", f"--target={pid}", "--net", "--mount", "--pid", "--")
-    done = subprocess.run(
-        (*enter, *MESH, *args), capture_output=True, text=True, check=False, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stderr or done.stdout
-    return done.stdout
-
-
-def run(mesh: Cluster, node: str, *args: str) -> Any:
-    """The document that a verb printed."""
-    return json.loads(on_node(mesh, node, *args, "--json"))
-
-
 def backend_of(mesh: Cluster) -> str:
     return mesh.lab.name.removeprefix("cli-")
 
 
 def test_the_backend_that_drives_a_node_is_shown_and_holds_what_it_should(mesh: Cluster) -> None:
     for node in ("n1", "n2"):
-        found = run(mesh, node, "rules", "diff")
+        found = document(mesh, node, "rules", "diff")
 
         assert (found["backend"], found["equal"]) == (backend_of(mesh), True), found
         shown = on_node(mesh, node, "rules", "show")
@@ -81,7 +61,7 @@ async def test_an_affine_client_is_answered_by_whom_the_trace_names(mesh: Cluste
     for client, entry in (("c1", "n1"), ("c1", "n2"), ("c2", "n1"), ("c2", "n2")):
         source, _ = mesh.addresses(client)
         there, _ = mesh.addresses(entry)
-        found = run(mesh, entry, "trace", source, f"{there}:{AFFINE}")
+        found = document(mesh, entry, "trace", source, f"{there}:{AFFINE}")
         assert found["agrees"] is True
         (backend,) = found["desired"]["backends"]
         addresses = {one.addresses[0]: one.id for one in mesh.containers.values()}
@@ -107,7 +87,7 @@ async def _replica(each: Ask) -> str:
 
 
 def test_the_doctor_finds_no_problem_on_a_node(mesh: Cluster) -> None:
-    found = run(mesh, "n1", "doctor")
+    found = document(mesh, "n1", "doctor")
 
     states = {each["name"]: each["status"] for each in found["checks"]}
     assert found["ok"] is True

@@ -6,12 +6,14 @@ One lab of three nodes; replicas a1 on n1 and b1 on n2, n3 has none.  Every test
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.support import scrape
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
 from tests.support.requests import Answer, again, ask_all, held, replicas, stream
 from tests.support.watched import watched
@@ -158,6 +160,7 @@ async def test_replicas_of_a_node_without_an_agent_rest_until_it_is_back(mesh: C
     async with stream(everything(mesh)) as traffic:
         await mesh.kill("n1")
         await until(lambda: not any(_targets(mesh, gone)), "n2 and n3 use other replicas")
+        reach = [await _reach(mesh, node, "n1") for node in ("n2", "n3")]
         await traffic.landed()
         await until_served(8 * mesh.from_outside(WEB, "n2", "n3"), {"b1"})
         await mesh.start_again("n1")
@@ -165,3 +168,11 @@ async def test_replicas_of_a_node_without_an_agent_rest_until_it_is_back(mesh: C
         await until_served(8 * mesh.from_outside(WEB, "n2", "n3"), {"a1", "b1"})
 
     assert traffic.failures == []
+    assert reach == ["reachable", "reachable"], "the node's kernel answers for it"
+
+
+async def _reach(mesh: Cluster, node: str, peer: str) -> str:
+    """What a node holds of another one."""
+    told = json.loads((await scrape.page(mesh, node, "/peers")).body)["peers"]
+    (found,) = [each["reach"] for each in told if each["name"] == peer]
+    return str(found)

@@ -35,7 +35,7 @@ async def serving(
     listen: str, unready: Callable[[], str | None] = lambda: None
 ) -> AsyncIterator[tuple[Admin, asyncio.Event]]:
     told = asyncio.Event()
-    made = Admin(AdminConfig(listen=listen), metrics, unready, told.set)
+    made = Admin(AdminConfig(listen=listen), {"/metrics": metrics}, unready, told.set)
     task = asyncio.create_task(made.run())
     try:
         yield made, told
@@ -125,7 +125,7 @@ async def test_a_unix_socket_is_gone_with_its_agent(tmp_path: Path) -> None:
 
 
 async def test_without_an_address_nothing_is_served() -> None:
-    await asyncio.wait_for(Admin(AdminConfig(listen=""), metrics, lambda: None, print).run(), 30)
+    await asyncio.wait_for(Admin(AdminConfig(listen=""), {}, lambda: None, print).run(), 30)
 
 
 @pytest.mark.parametrize("listen", ["9477", "localhost", "unix:relative", "::1:9477", "a.b:0"])

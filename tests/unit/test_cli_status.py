@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
+import socket
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +19,7 @@ from mesh.store.memory import MemoryStore
 from tests.support.commands import KEYS, CommandLine, judge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 HOSTILE = "\x1b[2J\x9bm\u202eevil\nmesh: all is well\r"
@@ -61,8 +65,6 @@ def test_unhealthy_tasks_are_counted(cli: CommandLine) -> None:
 
 
 def _forget_leader(cli: CommandLine) -> None:
-    import asyncio
-
     asyncio.run(cli.store.delete(KEYS.leader))
 
 
@@ -287,3 +289,99 @@ def test_columns_line_up_and_nothing_trails(capsys: pytest.CaptureFixture[str]) 
         "longer cell  x",
         "y                         z",
     ]
+
+
+# ---- how this host reaches the others
+
+PEERS = {
+    "node": "n1",
+    "peers": [
+        {
+            "name": "n2", "reach": "reachable", "since": 7200.0, "rtt": 0.00234, "heard": 0.2,
+            "endpoint": "192.0.2.2:51820", "handshake": 50.0, "received": 5 << 20, "sent": 900,
+        },
+        {"name": "n3", "reach": "unreachable", "since": 12.0, "leftOut": True, "heard": 13.0,
+         "handshake": 150.0},
+        {"name": "n4", "reach": "unknown", "since": 3.0},
+    ],
+}  # fmt: skip
+
+
+@contextmanager
+def agent(directory: Path, body: bytes) -> Iterator[None]:
+    """This host is n1, and somebody answers at its agent's end point."""
+    path = directory / "admin.sock"
+    (directory / "agent.toml").write_text(f'node = "n1"\n[admin]\nlisten = "unix:{path}"\n')
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        listening.settimeout(30)
+
+        def serve() -> None:
+            client, _ = listening.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+
+        answering = threading.Thread(target=serve)
+        answering.start()
+        yield
+        answering.join()
+
+
+@pytest.mark.parametrize("verb", [("status",), ("node", "ls")])
+def test_on_a_node_it_is_shown_how_that_reaches_the_others(
+    cli: CommandLine, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    with agent(tmp_path, json.dumps(PEERS).encode()):
+        shown = cli.ok(*verb)
+
+    lines = shown.partition("as n1 reaches them\n")[2].splitlines()
+    assert [" ".join(line.split()) for line in lines[:4]] == [
+        "PEER ENDPOINT HANDSHAKE RECEIVED SENT RTT HEARD REACH",
+        "n2 192.0.2.2:51820 50s ago 5.0 MiB 900 B 2.3 ms 0s ago reachable 2h",
+        "n3 - 2m ago 0 B 0 B - 13s ago unreachable 12s, left out",
+        "n4 - never 0 B 0 B - never unknown 3s",
+    ]
+
+
+def test_programs_read_of_each_node_how_it_is_reached(cli: CommandLine, tmp_path: Path) -> None:
+    cli.add_node("n2", 2)
+    with agent(tmp_path, json.dumps(PEERS).encode()):
+        own, other = cli.json("status")["nodes"]
+
+    assert own["peer"] is None
+    assert other["peer"]["rtt"] == 0.00234
+    assert other["peer"]["reach"] == "reachable"
+    assert other["unreachedBy"] == []
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b"hello", json.dumps({**PEERS, "node": "n9"}).encode()]
+)
+def test_somebody_else_at_the_end_point_is_not_believed(
+    cli: CommandLine, tmp_path: Path, body: bytes
+) -> None:
+    with agent(tmp_path, body):
+        shown = cli.ok("status")
+
+    assert "reaches" not in shown
+    assert cli.json("status")["nodes"][0]["peer"] is None
+
+
+def test_a_node_that_others_cannot_reach_is_a_problem_until_they_are_gone(cli: CommandLine) -> None:
+    cli.add_node("n2", 2)
+    cli.add_node("n3", 3)
+    cli.apply("n2")
+    for name in ("n1", "n3"):
+        cli.apply(name, unreachable=["n2"])
+
+    (problem,) = cli.json("status")["problems"]
+    unreached = {node["name"]: node["unreachedBy"] for node in cli.json("node", "ls")}
+    cli.apply("n1")
+    asyncio.run(cli.store.delete(KEYS.alive("n3")))
+
+    assert problem["about"] == "node n2"
+    assert "cannot be reached over the overlay by n1, n3" in problem["message"]
+    assert unreached == {"n1": [], "n2": ["n1", "n3"], "n3": []}
+    assert "over the overlay" not in cli.ok("status")

@@ -20,11 +20,19 @@ from mesh.dataplane.cttraffic import Statistics
 from mesh.delta import Delta
 from mesh.errors import CommandFailed
 from mesh.model.report import Healings, Problem
+from mesh.reach.judge import Reach, Standing
 from mesh.rules.traffic import Port, Volume
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "metrics.md"
 WEB: Final = Port("web", "ingress", "tcp", 8080)
 OPENMETRICS: Final = "application/openmetrics-text;version=1.0.0"
+
+
+PEERS: Final = {
+    "n2": Standing(Reach.REACHABLE, 0, 9, trip=0.002),
+    "n3": Standing(Reach.UNREACHABLE, 5, 4, trip=0.5),
+    "n4": Standing(Reach.UNKNOWN, 0),
+}
 
 
 def facts(tally: Tally | None = None) -> Facts:
@@ -34,7 +42,7 @@ def facts(tally: Tally | None = None) -> Facts:
         Problem(about="admin", message="taken"),
     )
     return Facts(
-        tally=tally or Tally(),
+        tally=tally or changed(),
         etcd_connected=True,
         etcd_revision=12,
         applied_revision=10,
@@ -50,7 +58,14 @@ def facts(tally: Tally | None = None) -> Facts:
         statistics=Statistics(5, 100, {"early_drop": 1, "drop": 0, "insert_failed": 0}),
         lost=0,
         surplus={"web": 4},
+        peers=PEERS,
     )
+
+
+def changed() -> Tally:
+    tally = Tally()
+    tally.peer_changes["n3", "unreachable"] += 1
+    return tally
 
 
 STARTING: Final = facts()._replace(installed=None, statistics=None, published=set())
@@ -79,6 +94,18 @@ def test_both_formats_are_what_prometheus_reads(of: Facts) -> None:
     families = [family.name for family in openmetrics(text(of, OPENMETRICS))]  # type: ignore[no-untyped-call]
 
     assert [f.name.removesuffix("_info") for f in plain(text(of))] == families
+
+
+def test_nodes_that_never_answer_are_neither_reachable_nor_not() -> None:
+    shown = text(facts())
+
+    assert re.findall(r"^mesh_peer_\w+{.*", shown, re.MULTILINE) == [
+        'mesh_peer_reachable{peer="n2"} 1.0',
+        'mesh_peer_reachable{peer="n3"} 0.0',
+        'mesh_peer_rtt_seconds{peer="n2"} 0.002',
+        'mesh_peer_rtt_seconds{peer="n3"} 0.5',
+        'mesh_peer_changes_total{peer="n3",to="unreachable"} 1.0',
+    ]
 
 
 def test_ports_without_traffic_are_told_of_as_zero() -> None:

@@ -192,6 +192,21 @@ def test_a_node_is_live_while_its_key_is_and_this_node_always() -> None:
     assert node.live == {"n1", "n3"}
 
 
+def test_nodes_that_are_not_reached_are_known_to_who_plans() -> None:
+    web, db = records.service("web", WEB), records.service("db", DB)
+    state = _state(web, db, records.task("web", "a", 2, 2), records.task("db", "b", 3, 2))
+
+    lost = state.nodes.lack(frozenset({"n2"}))
+    node = state.node_view()
+    other = state.nodes.lack(frozenset({"n3"}))
+
+    assert node is not None
+    assert node.unreachable == lost == {"n2"}
+    assert node.live == {"n1", "n2", "n3"}
+    assert other == {"n2", "n3"}
+    assert [state.services_on(names) for names in (lost, other)] == [{"web"}, {"web", "db"}]
+
+
 def test_a_task_that_moves_to_another_node_follows_that_nodes_life() -> None:
     state = _state(records.service("web", WEB), records.task("web", "a", 2, 2))
     moved = records.task("web", "a", 3, 2)[KEYS.task("web", "a")]

@@ -58,6 +58,17 @@ def test_vip_and_ingress_port_share_a_pool_over_all_nodes() -> None:
     )
 
 
+LOST_N2 = N1._replace(unreachable=frozenset({"n2"}))
+
+
+def test_tasks_that_the_node_cannot_reach_are_left_out_unless_there_are_no_others() -> None:
+    both = ServiceView(WEB, tasks=(ON_N1, ON_N2), ingress=GIVEN)
+    far = ServiceView(WEB, tasks=(ON_N2,), ingress=GIVEN)
+
+    assert pools(both, LOST_N2) == {"web/80/tcp": (Backend("10.0.1.5", 80),)}
+    assert pools(far, LOST_N2) == {"web/80/tcp": (Backend("10.0.2.5", 80),)}
+
+
 def test_the_vip_answers_on_the_target_of_a_host_mode_port_too() -> None:
     spec = ServiceSpec(name="web", ports=(PublishedPort(target=53, published=5353, protocol=UDP),))
 
