@@ -186,6 +186,18 @@ async def test_no_connection_fails_while_a_replica_flaps(mesh: Cluster) -> None:
         await until(lambda: traffic.answered[FIRST[0]] > before, "it serves again")
 
 
+def _leads_to(mesh: Cluster, addresses: Iterable[str]) -> bool:
+    """Whether any node sends connections there."""
+    found = [str(mesh.elements(node.name, "targets")) for node in mesh.nodes]
+    return any(address in held for held in found for address in addresses)
+
+
+def _wired(mesh: Cluster, node: str) -> int:
+    """How many containers a node's bridge has."""
+    shown = mesh.sh(node, "ip", "-json", "link", "show", "master", "warren-br0")
+    return len(json.loads(shown))
+
+
 async def test_a_replica_that_is_killed_fails_only_what_it_had_begun(mesh: Cluster) -> None:
     """New connections to it wait until its node finds that it is gone, and go elsewhere then."""
     await mesh.start(("x1", "n1"))
@@ -198,26 +210,16 @@ async def test_a_replica_that_is_killed_fails_only_what_it_had_begun(mesh: Clust
     asks = mesh.from_outside(MORTAL) + mesh.asks(("a2", "b2"), mesh.vips("mortal"), PORT)
     await until_served(8 * asks, {"x1", "b1", "d1"})
 
-    def leads_there() -> bool:
-        """Whether any node sends connections to it."""
-        found = (mesh.elements(node.name, "targets") for node in mesh.nodes)
-        return any(address in str(held) for held in found for address in gone)
-
-    def ports() -> int:
-        """How many containers are wired to the bridge of its node."""
-        shown = mesh.sh("n1", "ip", "-json", "link", "show", "master", "warren-br0")
-        return len(json.loads(shown))
-
-    wired = ports()
+    wired = _wired(mesh, "n1")
     lasting = [one for one in asks if one.protocol is Protocol.TCP]
     datagrams = [one for one in asks if one.protocol is Protocol.UDP]
     async with held(4 * datagrams) as flows, stream(lasting) as traffic:
         await traffic.more(CYCLE)
         await mesh.kill("x1")
         # Until the kernel has taken its network down, it still says there that nobody listens.
-        await until(lambda: ports() < wired, "its network is gone")
+        await until(lambda: _wired(mesh, "n1") < wired, "its network is gone")
         killed = time.monotonic()
-        await until(lambda: not leads_there(), "nobody sends anything to it")
+        await until(lambda: not _leads_to(mesh, gone), "nobody sends anything to it")
         traffic.expect({"b1", "d1"})
 
         async def moved() -> bool:
