@@ -42,6 +42,9 @@ class Drains:
 
     def task(self, was: Task | None, now: Task | None) -> None:
         """A task changed; None: it was not there, or is gone."""
+        drains = now is not None and now.state is TaskState.DRAINING
+        if not (drains or self._tasks or self.nodes):
+            return  # as nearly always, of tens of thousands
         for task in (was, now):
             if task is None:
                 continue

@@ -97,8 +97,9 @@ class IngressPorts:
     def _in_order(self, claims: Mapping[_Claim, int], labels: Mapping[str, str]) -> tuple[str, ...]:
         """The services that claim a port for this node; the first has it."""
         here = [claim for claim in claims if self._is_for(claim.service, labels)]
-        if len(here) > 1:
-            here.sort(key=lambda claim: (claims[claim], claim))
+        if len(here) == 1:
+            return (here[0].service,)
+        here.sort(key=lambda claim: (claims[claim], claim))
         return tuple(dict.fromkeys(claim.service for claim in here))
 
     def _is_for(self, service: str, labels: Mapping[str, str]) -> bool:

@@ -113,9 +113,8 @@ class State:
     def _settle_ingress(self) -> frozenset[str]:
         """Decide who has the ingress ports that somebody won or lost; whom that touches."""
         touched: set[str] = set()
-        for change in self._ports.settle(self.nodes.traits(self.node)):
-            touched.update(each for each in change[1:] if each is not None)
-            touched |= self.hostports.reserve(*change.port, change.now)
+        for port, before, now in self._ports.settle(self.nodes.traits(self.node)):
+            touched.update(filter(None, (before, now)), self.hostports.reserve(*port, now))
         return frozenset(touched)
 
     def _applied(self, event: Snapshot | Changes) -> Iterable[Touched]:
@@ -197,13 +196,14 @@ class State:
 
     def _index_task(self, parts: list[str], old: Entry | None, new: Entry | None) -> Touched:
         service = parts[1]
-        name = _task(new).id if new is not None else parts[2]  # the same text, kept once
+        was = _task(old) if old is not None else None
+        now = _task(new) if new is not None else None
+        name = now.id if now is not None else parts[2]  # the same text, kept once
         _hold(self._tasks, service, name, new)
-        self.drains.task(*(_task(each) if each is not None else None for each in (old, new)))
+        self.drains.task(was, now)
         if new is None:
             self.health.task_gone(service, name)
-        was, now = (entry.record if entry is not None else None for entry in (old, new))
-        concerned = self.policies.concern_task(was, now)  # type: ignore[arg-type]
+        concerned = self.policies.concern_task(was, now)
         return Touched(frozenset((service,)), nodes=False, policies=concerned)
 
     def _index_policy(self, parts: list[str], _old: Entry | None, new: Entry | None) -> Touched:

@@ -114,9 +114,10 @@ class ServiceSpec(
         for prefix in self.allow:
             parse_prefix(prefix)
         parse_duration(self.drain)
-        if not self.publish_on:  # of all nodes
+        if self.publish_on:
+            selector.parse(self.publish_on)
+        elif self.publish_on is not UNSET:  # of all nodes
             msgspec.structs.force_setattr(self, "publish_on", UNSET)
-        selector.parse(self.publish_on or "")
         if self.zone_label is not UNSET:
             check_label(self.zone_label)
         if self.affinity_prefix is not UNSET and self.affinity is not Affinity.CLIENT_IP:

@@ -44,8 +44,10 @@ class Policies:
 
     def concern_service(self, old: ServiceSpec | None, new: ServiceSpec | None) -> bool:
         """The same of a service, whose labels its tasks inherit."""
+        if not self.all:
+            return False
         labels = [spec.labels if spec is not None else {} for spec in (old, new)]
-        return bool(self.all) and labels[0] != labels[1]
+        return labels[0] != labels[1]
 
     def guards(self, tasks: Iterable[Labelled]) -> Guards:
         """What they come to on this node."""
