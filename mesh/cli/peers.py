@@ -94,7 +94,8 @@ def show(told: Peers | None) -> None:
         return
     from mesh.cli import world
 
-    output.line(f"\nas {told.node} reaches them")
+    output.line("")
+    output.line(f"as {told.node} reaches them")
     each = sorted(told.peers, key=lambda peer: world.natural(peer.name))
     output.table(COLUMNS, [_row(peer) for peer in each])
 

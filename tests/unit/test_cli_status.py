@@ -336,7 +336,7 @@ def test_on_a_node_it_is_shown_how_that_reaches_the_others(
     with agent(tmp_path, json.dumps(PEERS).encode()):
         shown = cli.ok(*verb)
 
-    lines = shown.partition("as n1 reaches them\n")[2].splitlines()
+    lines = shown.partition("\n\nas n1 reaches them\n")[2].splitlines()
     assert [" ".join(line.split()) for line in lines[:4]] == [
         "PEER ENDPOINT HANDSHAKE RECEIVED SENT RTT HEARD REACH",
         "n2 192.0.2.2:51820 50s ago 5.0 MiB 900 B 2.3 ms 0s ago reachable 2h",
