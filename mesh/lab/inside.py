@@ -75,8 +75,9 @@ def _stand_between(
         os.chdir(here if os.path.isdir(here) else "/")
         execute()
     # The terminal's signals reach the command by themselves, and a kill of the caller's process
-    # group must not reach this one.
-    os.setpgid(0, 0)
+    # group must not reach this one.  In a group of the same session it would be the command's link
+    # to the outside: with its end the kernel hangs up on a caller's group that has a stopped job.
+    os.setsid()
     if os.getppid() != caller:
         os.kill(child, signal.SIGKILL)
     os._exit(_tend(child))

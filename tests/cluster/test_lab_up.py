@@ -165,6 +165,14 @@ async def test_a_lab_ends_with_the_killed_caller_of_the_command(tmp_path: Path) 
         shell.wait()
 
 
+def test_a_caller_that_stopped_something_is_not_hung_up_on(two: dict[str, Any]) -> None:
+    run = f"{' '.join(MESH)} lab exec {two['nodes'][0]['name']} -- true"
+
+    shell = caller(f"sleep 1000 & kill -STOP $!; {run}; code=$?; kill -KILL $!; exit $code")
+
+    assert shell.wait(LIMIT) == 0
+
+
 @pytest.mark.parametrize("pause", [0.0, 0.2, 0.5])
 async def test_nothing_is_left_when_start_is_interrupted(pause: float) -> None:
     starting = begin("lab", "up", "--nodes", "1")

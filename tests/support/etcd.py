@@ -92,6 +92,7 @@ class Etcd:
                     *cluster, *clients, *self.flags,
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                start_new_session=True,  # it may be stopped, and so a stopped job of its group
             )  # fmt: skip
 
     def wait_healthy(self) -> None:
