@@ -16,7 +16,8 @@ from mesh.model.address import nth
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.backends import World
-from tests.support.cluster import PORT, UNMISSED, Cluster, cluster, ingress
+from tests.support.cluster import PORT, Cluster, cluster, ingress
+from tests.support.patience import UNMISSED
 from tests.support.requests import Ask, again, held, stream
 
 if TYPE_CHECKING:

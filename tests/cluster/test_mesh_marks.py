@@ -16,9 +16,10 @@ from mesh.dataplane import netns
 from mesh.dataplane.conntrack import Conntrack
 from mesh.model.publish import Protocol
 from mesh.rules import marks
-from tests.support.cluster import PORT, UNMISSED, Cluster, cluster, ingress, until, until_served
+from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
 from tests.support.hosts_own import HostsOwn, lost
 from tests.support.layouts import HIGH, LOW, RAGGED, marks_of
+from tests.support.patience import UNMISSED
 from tests.support.requests import Answer, again, ask_all, held, stream
 
 if TYPE_CHECKING:

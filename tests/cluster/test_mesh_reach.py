@@ -17,6 +17,7 @@ import pytest
 from mesh.model.publish import Protocol
 from tests.support import drivers, scrape
 from tests.support.cluster import PORT, Cluster, cluster, ingress, until, until_served
+from tests.support.patience import QUICK
 from tests.support.requests import BRIEF, SILENCE, Answer, again, held, replicas, stream
 from tests.support.verbs import document
 
@@ -46,7 +47,7 @@ table inet cut {
 @pytest.fixture(scope="module", params=drivers.KERNEL)
 def mesh(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     placed = (("a1", "n1"), ("a2", "n1"), ("b1", "n2"), ("d1", "n3"), ("d2", "n3"))
-    with cluster("reach", 3, *placed, backend=request.param) as made:
+    with cluster("reach", 3, *placed, backend=request.param, reach=QUICK) as made:
         asyncio.run(_furnish(made))
         yield made
 

@@ -27,6 +27,7 @@ from mesh.rules.program import Devices, Parameters
 from mesh.store import schema
 from tests.support import gateway, lagging, readback
 from tests.support.layouts import marks_of
+from tests.support.patience import PATIENT
 from tests.support.requests import SPOKEN, Answer, Ask, ask, replicas
 
 if TYPE_CHECKING:
@@ -83,12 +84,6 @@ async def until_served(asks: Sequence[Ask], by: set[str]) -> None:
         await until(served)
     except AssertionError:
         raise AssertionError(f"served by {told}, not by {by}") from None
-
-
-UNMISSED: Final = {"livenessTtl": 120}
-"""Settings of a cluster whose nodes may be without an agent: on a crowded machine one takes long to
-start, and others would take the node for dead and move UDP flows.  Its leader is not missed, too.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,14 +322,16 @@ def cluster(
     backend: str = "auto",
     layouts: Mapping[str, Layout] | None = None,
     settings: Mapping[str, object] | None = None,
+    reach: config.ReachConfig = PATIENT,
 ) -> Iterator[Cluster]:
     """A lab of one's own with replicas, given as (id, node); gone after the block.
 
-    `layouts` are what some nodes keep in marks, `settings` what the cluster's record says.
+    `layouts` are what some nodes keep in marks, `settings` what the cluster's record says, and
+    `reach` is how all nodes probe the others.
     """
     own = client.launch(name, nodes, (), backend)
     try:
-        yield asyncio.run(_formed(own, containers, layouts or {}, settings or {}))
+        yield asyncio.run(_formed(own, containers, layouts or {}, settings or {}, reach))
     finally:
         asyncio.run(own.end())
 
@@ -344,10 +341,13 @@ async def _formed(
     containers: Sequence[tuple[str, str]],
     layouts: Mapping[str, Layout],
     settings: Mapping[str, object],
+    reach: config.ReachConfig,
 ) -> Cluster:
     await own.built()
     status = await own.status()
     made = Cluster(own, gateway.Records(status.etcd), status)
+    for node in made.nodes:
+        made.configure(node.name, reach=reach)
     for name, layout in layouts.items():
         made.configure(name, marks=marks_of(layout))
     async with client.open_store(status.etcd) as store:
