@@ -18,7 +18,7 @@ from tests.support import drivers
 from tests.support.backends import World
 from tests.support.cluster import PORT, Cluster, cluster, ingress
 from tests.support.patience import UNMISSED
-from tests.support.requests import Ask, again, held, stream
+from tests.support.requests import Ask, Failure, Stream, again, held, stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +35,9 @@ AT_ONCE: Final = 30
 
 CYCLE: Final = 60
 """Requests of every kind there is, about once."""
+
+FEW: Final = 3
+"""Datagrams."""
 
 IDENTITY: Final = ("vips", "meshports", "targets", "known", "hairpin", "nodes", "via", "zones")
 
@@ -125,9 +128,19 @@ async def test_no_connection_fails_when_an_agent_starts(
         await traffic.more(CYCLE)
         afterwards = await again(first)
 
-    assert traffic.failures == []
+    assert _noticed(traffic, found) == []
     assert afterwards == first
     assert mesh.elements(NODE, *IDENTITY) == before
+
+
+def _noticed(traffic: Stream, found: str) -> list[Failure]:
+    """What clients noticed that they should not.
+
+    While one program is exchanged for one with other sets, a datagram on its way may be lost.
+    """
+    lost = [one for one in traffic.failures if one.kind == "timed out" and "'udp'" in one.said]
+    few = found == STRANGER and len(lost) <= FEW
+    return [one for one in traffic.failures if not (few and one in lost)]
 
 
 async def _becomes_unnoticed(world: World, backend: str) -> None:
