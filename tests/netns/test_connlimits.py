@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.dataplane import netns
 from mesh.model.address import FAMILIES, Family, nth
 from mesh.model.publish import Protocol
 from mesh.model.service import Affinity
@@ -236,19 +235,6 @@ def test_what_is_refused_is_counted_by_frontend(world: World) -> None:
     assert found.keys() - {number} <= {world.one.ids.of("web/80/udp")}
 
 
-async def _again(one: OneNode) -> bool:
-    """What a fresh agent's driver does; whether it had to load anything."""
-    with netns.entered("/run/netns/node"):
-        fresh = drivers.make(one.driver.name, rules.PARAMETERS)
-    try:
-        loaded = await fresh.prepare()
-        await fresh.attach()
-        await fresh.read()
-    finally:
-        fresh.close()
-    return loaded
-
-
 def _damage(one: OneNode) -> None:
     if one.driver.name == "nftables":
         one.node.sh("nft", "flush", "chain", "inet", "mesh", "connlimit")
@@ -261,12 +247,12 @@ def test_a_fresh_agent_adopts_counts_and_heals_limits(world: World) -> None:
     world.limit(1)
     assert world.open(Family.V4) is not None
 
-    assert world.one.node.run(_again(world.one)) is False
+    assert world.one.starts_again() is False
     assert world.open(Family.V4) is None
     _damage(world.one)
     assert world.open(Family.V4) is not None
-    assert world.one.node.run(_again(world.one)) is True
-    assert world.one.node.run(_again(world.one)) is False
+    assert world.one.starts_again() is True
+    assert world.one.starts_again() is False
     world.one.node.run(world.one.driver.prepare())
     world.limit(1)
 
@@ -288,4 +274,4 @@ def test_nothing_is_left_of_the_last_limit(world: World) -> None:
             listed = world.one.node.sh(f"{program}-{flavour}-save", "-t", "mangle")
             assert "MESH-L-" not in listed
             assert "MESH-U-" not in listed
-    assert world.one.node.run(_again(world.one)) is False
+    assert world.one.starts_again() is False

@@ -83,6 +83,22 @@ class OneNode:
 
         self.node.run(install())
 
+    def starts_again(self) -> bool:
+        """What a fresh agent's driver does; whether it had to load anything."""
+        with netns.entered("/run/netns/node"):
+            fresh = drivers.make(self.driver.name, rules.PARAMETERS)
+
+        async def start() -> bool:
+            loaded = await fresh.prepare()
+            await fresh.attach()
+            await fresh.read()
+            return loaded
+
+        try:
+            return self.node.run(start())
+        finally:
+            fresh.close()
+
     def lowered(self, forwardings: Iterable[Forwarding]) -> Elements:
         """The elements of forwardings, of the nodes' addresses and of this one's containers."""
         nodes = (a for name in ("node", "overlay", "gateway", "peer") for a in ADDRESSES[name])
