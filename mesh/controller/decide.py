@@ -95,13 +95,13 @@ class _Choice:
 
     def is_obtainable(self, place: Place) -> bool:
         """Whether the owner has the place or may take it."""
-        held = self._picture.taken[place.pool].get(place.number)
+        held = self._picture.at(place)
         return held is None or held.owner == self.owner
 
     def keep(self, place: Place, record: Record) -> None:
         """The owner is to hold the place, described by `record`."""
         self._kept.add(place)
-        held = self._picture.taken[place.pool].get(place.number)
+        held = self._picture.at(place)
         if held is None or held.record != record:
             self._puts[place] = record
 

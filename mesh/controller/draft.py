@@ -146,7 +146,7 @@ class Draft:
         return True
 
     def _gift(self, place: Place, record: Record) -> _Step:
-        key, held = self._picture.key_of(place), self._picture.taken[place.pool].get(place.number)
+        key, held = self._picture.key_of(place), self._picture.at(place)
         revision = held.revision if held is not None else 0
         return Compare(key, revision), Put(key, schema.encode(record))
 

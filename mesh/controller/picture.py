@@ -89,7 +89,8 @@ class Picture:
     """What this process holds of a key already: an equal record is not kept twice."""
     cluster: Cluster | None = None
     claimants: dict[Owner, Claimant] = field(default_factory=dict)
-    taken: defaultdict[Pool, dict[int, Held]] = field(default_factory=lambda: defaultdict(dict))
+    taken: dict[Pool, dict[int, Held]] = field(default_factory=lambda: {p: {} for p in POOLS})
+    """Who holds what: of each pool, and of each share that there is."""
     held: defaultdict[Owner, set[Place]] = field(default_factory=lambda: defaultdict(set))
     cursors: dict[Pool, int] = field(default_factory=dict)
     statuses: dict[Owner, Status] = field(default_factory=dict)
@@ -137,23 +138,28 @@ class Picture:
         """Note that the store accepted a write of ours whose effect is noted already."""
         self._written[key] = revision
 
+    def at(self, place: Place) -> Held | None:
+        """Who holds a place, if anybody does."""
+        return self.taken.get(place.pool, {}).get(place.number)
+
     def hold(self, place: Place, held: Held) -> None:
         """Note who holds a place."""
-        before = self.taken[place.pool].get(place.number)
+        before = self.at(place)
         if before is not None and before.owner != held.owner:
             self.release(place)
             before = None
         if before is None and places.whole(place.pool) != place.pool:
             self.occupied[Place(places.whole(place.pool), place.number)] += 1
-        self.taken[place.pool][place.number] = held
+        self.taken.setdefault(place.pool, {})[place.number] = held
         if held.owner is not None:
             self.held[held.owner].add(place)
 
     def release(self, place: Place) -> None:
         """Note that a place is free, and wake those who wait for it."""
-        before = self.taken[place.pool].pop(place.number, None)
+        before = self.at(place)
         if before is None:
             return
+        del self.taken[place.pool][place.number]
         if before.owner is not None:
             self.held[before.owner].discard(place)
             if not self.held[before.owner]:
@@ -355,7 +361,7 @@ class Picture:
             del self.occupied[place]
 
     def _mark_holder(self, place: Place) -> None:
-        held = self.taken[place.pool].get(place.number)
+        held = self.at(place)
         if held is not None and held.owner is not None:
             self.mark(held.owner)
 

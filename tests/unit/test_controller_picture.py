@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mesh.controller.picture import Held, Owner, Picture
-from mesh.controller.places import Place
-from mesh.model.allocation import VipAllocation
+from mesh.controller.places import Place, share
+from mesh.model.allocation import PortAllocation, VipAllocation
 from mesh.model.service import ServiceSpec
 from mesh.store.protocol import Change, KeyValue
 from mesh.store.schema import Keys, encode
@@ -24,6 +24,18 @@ def written(service: str, revision: int) -> Change:
 
 def deleted(revision: int) -> Change:
     return Change(KEY, None, revision)
+
+
+def test_nothing_is_kept_of_a_share_that_was_freed() -> None:
+    picture, key = Picture(KEYS, {}), KEYS.port_share("tcp", 8080, "web")
+    place = Place(share("tcp", "web"), 8080)
+    picture.hold(place, Held(WEB, PortAllocation(service="web", target=80), 5))
+    picture.release(place)
+
+    picture.observe([Change(key, None, 6)])  # what the watch says of it
+
+    assert picture.taken == Picture(KEYS, {}).taken
+    assert not picture.occupied
 
 
 @pytest.fixture
