@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.lab import environment
 from mesh.model.address import Family, family_of
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.cluster import (
-    LIMIT,
     PORT,
     Cluster,
     cluster,
@@ -30,6 +26,7 @@ from tests.support.cluster import (
     until_served,
 )
 from tests.support.requests import Answer, again, ask_all, born, held, stream
+from tests.support.verbs import on_node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,15 +178,7 @@ async def test_a_draining_node_forwards_and_gets_nothing_new(mesh: Cluster) -> N
 
 async def says(mesh: Cluster, *args: str) -> str:
     """What `mesh` printed on a node, while this process goes on; it must succeed."""
-    pid = mesh.node("n2").agent_pid
-    enter = ("nsenter", f"--target={pid}", "--net", "--mount", "--pid", "--")
-    verb = (sys.executable, "-m", "mesh", "--config", str(environment.CONFIG), *args)
-    running = await asyncio.create_subprocess_exec(
-        *enter, *verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    told, failed = await asyncio.wait_for(running.communicate(), LIMIT)
-    assert running.returncode == 0, failed.decode()
-    return told.decode()
+    return await asyncio.to_thread(on_node, mesh, "n2", *args)
 
 
 async def test_replicas_are_replaced_one_by_one_and_no_request_is_lost(mesh: Cluster) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from mesh.lab import environment
 from mesh.model.publish import Protocol
 from tests.support import drivers
 from tests.support.cluster import (
@@ -28,6 +25,7 @@ from tests.support.cluster import (
     until_served,
 )
 from tests.support.requests import REFUSED, SPOKEN, born, replicas
+from tests.support.verbs import document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.cluster
 
-MESH: Final = (sys.executable, "-m", "mesh", "--config", str(environment.CONFIG))
 REPLICAS: Final = ("a1", "b1", "d1")
 ZONES: Final = {"n1": "a", "n2": "a", "n3": "b"}
 TIMES: Final = 8
@@ -85,17 +82,6 @@ def inside(mesh: Cluster, name: str, container: str) -> list[Ask]:
     return 2 * TIMES * mesh.asks((container,), mesh.vips(name), PORT)
 
 
-def told(mesh: Cluster, node: str, *args: str) -> Any:
-    """The document that a verb printed on a node."""
-    pid = mesh.node(node).agent_pid
-    enter = ("nsenter", f"--target={pid}", "--net", "--mount", "--pid", "--")
-    done = subprocess.run(
-        (*enter, *MESH, *args, "--json"), capture_output=True, text=True, check=False, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stderr or done.stdout
-    return json.loads(done.stdout)
-
-
 async def test_a_node_prefers_the_replicas_of_its_zone_while_there_are_any(mesh: Cluster) -> None:
     await serve(mesh, "zoned", 8100, prefer="zone")
     await until_served(through(mesh, 8100, "n1", "n2"), {"a1", "b1"})
@@ -104,7 +90,7 @@ async def test_a_node_prefers_the_replicas_of_its_zone_while_there_are_any(mesh:
     await until_served(inside(mesh, "zoned", "d2"), {"d1"})
     there, _ = mesh.addresses("n3")
     source, _ = mesh.addresses("c1")
-    shown = told(mesh, "n3", "trace", source, f"{there}:8100")
+    shown = document(mesh, "n3", "trace", source, f"{there}:8100")
 
     put(mesh, "maintenance/n3", {"state": "draining"})
     await until_served(through(mesh, 8100, "n3"), {"a1", "b1"})
@@ -178,7 +164,7 @@ async def test_published_ports_answer_on_selected_nodes_only(mesh: Cluster) -> N
     await until_served(from_n3, set(REPLICAS))
     there, _ = mesh.addresses("n3")
     source, _ = mesh.addresses("c1")
-    shown = told(mesh, "n3", "trace", source, f"{there}:8106")
+    shown = document(mesh, "n3", "trace", source, f"{there}:8106")
     with born(mesh.netns("n3"), there, Protocol.TCP) as other:
         other.bind((there, 8106))  # is nobody's here
 

@@ -7,17 +7,15 @@ node ask.  The policy lets in k2, of the service `friends`, and the client c1.
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from mesh.lab import environment
 from mesh.model.publish import Protocol
-from tests.support.cluster import LIMIT, PORT, Cluster, cluster, ingress, put, withdraw
+from tests.support.cluster import PORT, Cluster, cluster, ingress, put, withdraw
 from tests.support.requests import REFUSED, Answer, Outcome, again, ask_all, held
 from tests.support.scrape import scrape
+from tests.support.verbs import on_node
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -123,14 +121,7 @@ async def test_a_policy_follows_the_tasks(mesh: Cluster) -> None:
 
 def _trace(mesh: Cluster, node: str, source: str, address: str) -> str:
     """What a node says becomes of another connection."""
-    enter = ("nsenter", f"--target={mesh.node(node).agent_pid}", "--net", "--mount", "--pid", "--")
-    verb = (sys.executable, "-m", "mesh", "--config", str(environment.CONFIG), "trace")
-    done = subprocess.run(
-        (*enter, *verb, source, f"{address}:{FEW}"),
-        capture_output=True, text=True, check=False, timeout=LIMIT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return on_node(mesh, node, "trace", source, f"{address}:{FEW}")
 
 
 async def test_every_node_lets_a_client_have_as_many_connections_as_the_service_says(
